@@ -1,0 +1,51 @@
+"""
+Collective teardown for parallel test suites.
+
+    with collective_scope(group) as scope:
+        scope.cleanup(free_staging)
+        scope.collective_cleanup(all2all_manager.destroy)
+        run_one_config(config)
+
+General layout, each module importing only from those below it:
+
+* ``_scope``: life cycle, teardown, decorator
+* ``_groups``: what may be passed as ``group``; all that is asked of torch
+* ``_barrier``, ``_plain_barrier``: arrive, verdict, wait
+* ``_store_thread``: store calls that can be bounded and interrupted
+* ``_report``: facts in, text out
+* ``_outcome``, ``_cleanups``, ``exceptions``: records, the stack, the errors
+"""
+
+from __future__ import annotations
+
+from . import exceptions
+from ._outcome import Outcome, Verdict
+from ._scope import CollectiveScope, collective_scope, current_scope
+from .exceptions import (
+    BarrierTimeoutError,
+    CleanupMismatchError,
+    CollectiveScopeError,
+    PeerFailedError,
+    PeerLostError,
+    ScopeMismatchError,
+)
+
+
+__all__ = [
+    "BarrierTimeoutError",
+    "CleanupMismatchError",
+    "CollectiveScope",
+    "CollectiveScopeError",
+    "Outcome",
+    "PeerFailedError",
+    "PeerLostError",
+    "ScopeMismatchError",
+    "Verdict",
+    "collective_scope",
+    "current_scope",
+    "exceptions",
+]
+
+for _public in (CollectiveScope, Outcome, Verdict, collective_scope, current_scope):
+    # Messages and reprs show where users import from.
+    _public.__module__ = __name__

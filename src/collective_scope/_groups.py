@@ -1,0 +1,178 @@
+"""
+What may be passed as ``group``, and the barrier that belongs to it.
+
+The only module that knows torch's groups, stores and meshes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, runtime_checkable
+
+import torch
+import torch.distributed as dist
+
+from ._barrier import Barrier
+from ._plain_barrier import PlainBarrier
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@runtime_checkable
+class GroupCoordinator(Protocol):
+    """What vLLM and SGLang call a group: one process group for CPU tensors and one for the device's."""
+
+    cpu_group: Any
+    device_group: Any
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """What mpi4py calls a group, as far as it is used here."""
+
+    def Barrier(self) -> object:  # noqa: N802  (mpi4py's name)
+        """Wait for all ranks."""
+
+
+Group: TypeAlias = "ProcessGroup | DeviceMesh | GroupCoordinator | Communicator | int | None"
+GroupLike: TypeAlias = "Group | Callable[[], Group]"
+AnyBarrier: TypeAlias = Barrier | PlainBarrier
+
+ACCEPTED = (
+    "group must be None, a ProcessGroup, a DeviceMesh of one dimension, an object with cpu_group and device_group"
+    " (vLLM, SGLang), an object with Barrier (mpi4py), or a function without arguments that returns one of these"
+)
+
+_barriers: weakref.WeakKeyDictionary[ProcessGroup, Barrier] = weakref.WeakKeyDictionary()
+_plain_barriers: dict[int, PlainBarrier] = {}
+
+
+def alone() -> Barrier:
+    """Return the barrier of a rank that has no peers."""
+    return Barrier(connect=_no_store, rank=0, world_size=1)
+
+
+def find_barrier(group: GroupLike) -> tuple[AnyBarrier, object] | None:
+    """
+    Return the barrier of *group*, and what has to stay alive while it is used.
+
+    None if *group* is None and there is no default group (yet).
+
+    Raises:
+        TypeError: If *group* is none of what is accepted.
+        ValueError: If *group* is a mesh of several dimensions, or was destroyed.
+    """
+    if callable(group):
+        group = group()
+    if group is None:
+        return _of_process_group(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
+    if isinstance(group, int):
+        if group != dist.GroupMember.NON_GROUP_MEMBER:
+            msg = f"{ACCEPTED} (got {group!r})"
+            raise TypeError(msg)
+        return alone(), None
+    if isinstance(group, dist.ProcessGroup):
+        return _of_process_group(group)
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            msg = (
+                f"a DeviceMesh must have one dimension (got {group.ndim}: {group.mesh_dim_names});"
+                " pass mesh['name'] for one of them or mesh._flatten() for all"
+            )
+            raise ValueError(msg)
+        return (alone(), None) if group.get_coordinate() is None else _of_process_group(group.get_group())
+    if isinstance(group, GroupCoordinator):
+        # The CPU group: its collectives cannot be stuck behind a kernel.
+        return find_barrier(group.cpu_group)
+    if isinstance(group, Communicator):
+        return _plain_barriers.setdefault(id(group), PlainBarrier(group)), group
+    msg = f"{ACCEPTED} (got {group!r}, a {type(group).__qualname__})"
+    raise TypeError(msg)
+
+
+def is_destroyed(group: object) -> bool:
+    """Whether *group* is a process group that torch no longer knows."""
+    if not isinstance(group, dist.ProcessGroup):
+        return False
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return True
+    return False
+
+
+def group_barrier(group: ProcessGroup) -> Callable[[], bool]:
+    """Start the communicator's own barrier; the returned function tells whether it has opened."""
+    work = dist.barrier(group, async_op=True)
+
+    def opened() -> bool:
+        if work is None or not work.is_completed():
+            return work is None
+        work.wait()  # raises what the backend has to say
+        return True
+
+    return opened
+
+
+def synchronize_accelerator() -> None:
+    """Wait for the work that this process has given its accelerator, if it uses one."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return
+    # A process that has not touched its accelerator shall not create a context on it now.
+    is_initialized = getattr(torch.get_device_module(device), "is_initialized", None)
+    if is_initialized is None or is_initialized():
+        torch.accelerator.synchronize()
+
+
+def _of_process_group(group: ProcessGroup | None) -> tuple[Barrier, object] | None:
+    if group is None:
+        return None
+    if is_destroyed(group):
+        msg = "group was destroyed, or belongs to an earlier init_process_group"
+        raise ValueError(msg)
+    store = group.get_group_store()
+    barrier = _barriers.get(group)
+    if barrier is None:
+        ranks = dist.get_process_group_ranks(group)
+        barrier = Barrier(
+            connect=functools.partial(_clone, weakref.ref(store)),
+            rank=group.rank(),
+            world_size=group.size(),
+            server=_server(store, ranks),
+            global_ranks=() if ranks == list(range(len(ranks))) else tuple(ranks),
+        )
+        _barriers[group] = barrier
+    # Where this process hosts the store, the server lives as long as the store object:
+    # the scope keeps it, so that its barrier outlives a group that the body destroys.
+    return barrier, (group, store)
+
+
+def _clone(ref: weakref.ref[Store]) -> Store:
+    store = ref()
+    if store is None:
+        msg = "the group's store is gone: the group was destroyed"
+        raise RuntimeError(msg)
+    # A client of its own: one connection has one lock, which a waiting thread holds.
+    return cast("Store", store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
+
+
+def _no_store() -> Store:
+    msg = "a group of one rank has no use for a store"
+    raise AssertionError(msg)
+
+
+def _server(store: Store, ranks: list[int]) -> int | None:
+    """Return the rank, within the group, whose process hosts the store; None if none does."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    # torchrun hosts the store in its agent and says so; otherwise it is global rank 0
+    # (torch/distributed/rendezvous.py).
+    by_rank_0 = isinstance(store, dist.TCPStore) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return ranks.index(0) if by_rank_0 and 0 in ranks else None

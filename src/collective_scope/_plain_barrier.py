@@ -1,0 +1,85 @@
+"""
+The exit of a group that has a barrier and no store, such as an mpi4py communicator.
+
+What is lost: the ranks cannot tell each other anything. The wait is bounded
+and can be interrupted, and that is all: healthy ranks do not learn that a peer
+failed, a timeout does not know who is missing, and collective cleanups, which
+need an agreement, are refused.
+"""
+
+from __future__ import annotations
+
+import time
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from . import _report
+from ._outcome import Record, Verdict
+from ._store_thread import Failed, StoreThread
+
+
+if TYPE_CHECKING:
+    from ._groups import Communicator
+
+
+class PlainBarrier:
+    """
+    A bounded wait at a communicator's own barrier.
+
+    The barrier is called on a second thread; an MPI must be initialized with
+    ``MPI_THREAD_MULTIPLE``, which is mpi4py's default.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.rank = _ask(communicator, "Get_rank", 0)
+        self.world_size = _ask(communicator, "Get_size", 1)
+        self.in_step = True
+        self.scopes = 0
+        self._communicator = communicator
+        self._thread: StoreThread | None = None
+        self._entered: SimpleQueue[Any] | None = None
+
+    def arrive(self, mine: Record, *, timeout: float, failure_timeout: float) -> Verdict:
+        """Wait for all ranks, as `Barrier.arrive` does; the verdict knows of no other rank."""
+        start = time.monotonic()
+        limit = timeout if mine.outcome.ok else min(timeout, failure_timeout)
+        self.in_step = False
+        if self._entered is not None and not self._left(limit):  # still in the barrier of an earlier scope
+            return self._timed_out(mine, time.monotonic() - start)
+        if self._thread is None:
+            self._thread = StoreThread(lambda: None)  # type: ignore[arg-type, return-value]  # no store
+        self._entered = self._thread.submit(lambda *_: self._communicator.Barrier())
+        if not self._left(limit - (time.monotonic() - start)):
+            return self._timed_out(mine, time.monotonic() - start)
+        self.in_step = True
+        return Verdict(mine.scope, mine.sequence, self.world_size, mine.stage, {self.rank: mine.outcome})
+
+    def publish(self, mine: Record) -> None:
+        """Nobody can be told."""
+
+    def _left(self, limit: float) -> bool:
+        assert self._entered is not None  # noqa: S101  (for the type checker)
+        try:
+            last = self._entered.get(timeout=max(0.0, limit))
+        except Empty:
+            return False
+        self._entered = None
+        if isinstance(last, Failed):
+            raise last.error
+        return True
+
+    def _timed_out(self, mine: Record, waited: float) -> Verdict:
+        return Verdict(
+            mine.scope,
+            mine.sequence,
+            self.world_size,
+            mine.stage,
+            {self.rank: mine.outcome},
+            missing=[rank for rank in range(self.world_size) if rank != self.rank],
+            timeout=waited,
+            reason=_report.NO_STORE,
+        )
+
+
+def _ask(communicator: Communicator, method: str, default: int) -> int:
+    return int(getattr(communicator, method, lambda: default)())

@@ -1,0 +1,202 @@
+"""
+What the ranks of a group do to their store to agree on one verdict a round.
+
+Everything here blocks for as long as the store does, and runs on a `StoreThread`.
+The keys of round *t*, under a prefix
+that no other life of the group uses:
+
+``rank/{r}``
+    The latest `Record` of rank *r*; written over, never removed.
+``{t}/count/{head}``
+    How many ranks arrived at the place *head* stands for (stage, scope,
+    sequence), and in its upper bits how many of them failed, or have
+    collective cleanups left.
+``{t}/head``
+    The place of the first rank to arrive. A rank at another place finds out here.
+``{t}/news``
+    What waiting ranks wake for: ``ok`` (all arrived, nothing to report, and
+    that is final), ``failed`` (a rank failed; the verdict comes later), or
+    ``closed`` (the verdict is there). The first writer wins.
+``{t}/verdict``
+    The verdict, where there is something to report. The first writer wins.
+``{t}/seen``
+    How many ranks have seen the news, and in the upper bits how many have read
+    the verdict. `_SPOILED` is added before anything but ``ok`` becomes news, so
+    that on the healthy path one call both reads the verdict and confirms it.
+``{t}/empty``
+    Set when all have read. The rank whose process hosts the store waits for it.
+
+A healthy round costs a rank four calls: ``set``, ``add``, ``wait``, ``add``.
+The round's keys are removed after the last confirmation, when there is nothing
+else to do: by the rank that hosts the store (nobody else may still reach it),
+or, where no rank does, by the last one to confirm.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from datetime import timedelta
+from uuid import uuid4
+
+import attrs
+from torch.distributed import PrefixStore, Store
+
+from ._outcome import OK, Record, Verdict, judge
+from ._store_thread import Later, Tell
+
+
+# Fields of the counters. 65 535 ranks fit.
+_FIELD = 0xFFFF
+_FAILED = 1 << 16
+_PENDING = 1 << 32
+_READ = 1 << 16
+_SPOILED = 1 << 32
+
+_ABSENT = "?"
+"""What `_peek` gets for a key that is not there; no key has this value."""
+
+
+@attrs.define(eq=False)
+class Protocol:
+    """
+    One rank's part in the rounds of its group.
+
+    Args:
+        rank: This rank, counted from 0 within the group.
+        world_size: Number of ranks of the group.
+        server: The rank whose process hosts the store's server, if one of the group's does.
+    """
+
+    rank: int
+    world_size: int
+    server: int | None
+    _seat: str = attrs.field(factory=lambda: uuid4().hex, init=False)
+    _order: tuple[int, int] = attrs.field(default=(-1, 0), init=False)
+    """Sequence of the last scope that failed here, and the place of its failure among all ranks'."""
+
+    def join(self, store: Store) -> Store:
+        """
+        Agree with the peers on keys that no other life of the group uses; return a view of them.
+
+        A store may outlive its groups: under torchrun, a second
+        ``init_process_group`` finds the keys of the first. Each rank takes its
+        seat in the newest life; a seat that is taken was taken in an earlier
+        one, so that one is over and the next one begins.
+        """
+        store = PrefixStore(f"collective_scope/{self.world_size}", store)
+        life = _set_first(store, "life", "0")
+        while _set_first(store, f"{life}/seat/{self.rank}", self._seat) != self._seat:
+            life = store.compare_set("life", life, str(int(life) + 1)).decode()
+        return PrefixStore(life, store)
+
+    def attend(self, mine: Record, timeout: float, read: list[Verdict], store: Store, tell: Tell) -> Verdict | Later:
+        """Arrive, wait, read, confirm; put the verdict into *read* as soon as it is known."""
+        t, head = mine.round, _head(mine)
+        limit = timedelta(seconds=timeout + 60.0)  # the real bound is the caller's, which ends this wait too
+        flags = _PENDING if mine.cleanups else 0
+        if mine.outcome.ok:
+            store.set(f"rank/{self.rank}", mine.encode())
+        else:
+            flags |= _FAILED
+            self.publish(mine, store, tell)
+        count = store.add(f"{t}/count/{head}", 1 + flags)
+        mismatch = count & _FIELD == 1 and _set_first(store, f"{t}/head", head) != head
+        if count == self.world_size:
+            _set_first(store, f"{t}/news", "ok")
+        elif mismatch or count & _FIELD == self.world_size:
+            self.close(mine, 0.0, "", store, tell)
+        else:
+            store.wait([f"{t}/news"], limit)
+        seen = store.add(f"{t}/seen", 1)
+        if seen < _SPOILED:
+            verdict, readers, expected = _all_ok(mine, self.world_size), seen, self.world_size
+        else:
+            verdict = self._read(mine, limit, store, tell)
+            readers = store.add(f"{t}/seen", _READ) // _READ & _FIELD
+            expected = len(verdict.names) or self.world_size - len(verdict.missing)
+        if self.server is not None:
+            # The process that hosts the store may end right after the scope, but not before its peers have read.
+            if readers == expected:
+                store.set(f"{t}/empty", "")
+            elif readers < expected and self.rank == self.server:
+                read.append(verdict)
+                store.wait([f"{t}/empty"], limit)
+        keys = self._garbage(verdict, readers, spoiled=seen >= _SPOILED)
+        if keys or verdict.names:  # at a mismatch, nobody else may know of this one
+            keys.append(f"count/{head}")
+        return Later(verdict, functools.partial(_remove, [f"{t}/{key}" for key in keys])) if keys else verdict
+
+    def _garbage(self, verdict: Verdict, readers: int, *, spoiled: bool) -> list[str]:
+        """Return the keys that this rank is to remove when it has read *verdict*."""
+        # Where a rank hosts the store, it is the last that may still reach it.
+        by_server = verdict.complete and self.server is not None
+        if not (self.rank == self.server if by_server else readers == self.world_size):
+            return []
+        return ["head", "news", "seen", *["verdict"] * spoiled, *["empty"] * (self.server is not None)]
+
+    def _read(self, mine: Record, limit: timedelta, store: Store, tell: Tell) -> Verdict:
+        """Return the verdict of a round in which there may be more to say than ``ok``."""
+        news = _peek(store, f"{mine.round}/news")
+        if news == b"ok":
+            return _all_ok(mine, self.world_size)
+        if news == b"failed":
+            tell("failed")
+            store.wait([f"{mine.round}/verdict"], limit)
+        return Verdict.decode(_peek(store, f"{mine.round}/verdict"))
+
+    def publish(self, mine: Record, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
+        """Tell that this rank failed, and wake the waiting ones."""
+        if self._order[0] != mine.sequence:
+            self._order = (mine.sequence, store.add("failures", 1))
+        outcome = attrs.evolve(mine.outcome, order=self._order[1])
+        store.set(f"rank/{self.rank}", attrs.evolve(mine, outcome=outcome).encode())
+        store.add(f"{mine.round}/seen", _SPOILED)
+        _set_first(store, f"{mine.round}/news", "failed")
+
+    def close(self, mine: Record, waited: float, reason: str, store: Store, tell: Tell) -> Verdict:
+        """Decide the verdict from what is known now, unless it has been decided; return what was."""
+        t = mine.round
+        records = self.records(store, tell)
+        if reason or self.rank not in records or records[self.rank].round != t:
+            records[self.rank] = mine
+        verdict = judge(records, mine, self.world_size, timeout=waited, reason=reason)
+        store.add(f"{t}/seen", _SPOILED)
+        decided = _set_first(store, f"{t}/verdict", verdict.encode())
+        news = _set_first(store, f"{t}/news", "closed")
+        return _all_ok(mine, self.world_size) if news == "ok" else Verdict.decode(decided)
+
+    def records(self, store: Store, tell: Tell) -> dict[int, Record]:  # noqa: ARG002  (a job's signature)
+        texts = {rank: _peek(store, f"rank/{rank}") for rank in range(self.world_size)}
+        return {rank: Record.decode(text) for rank, text in texts.items() if text != _ABSENT.encode()}
+
+
+def _head(record: Record) -> str:
+    place = f"{record.stage}\n{record.sequence}\n{record.scope}"
+    return hashlib.sha1(place.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()[:16]
+
+
+def _all_ok(mine: Record, world_size: int) -> Verdict:
+    return Verdict(
+        scope=mine.scope,
+        sequence=mine.sequence,
+        world_size=world_size,
+        stage=mine.stage,
+        outcomes=dict.fromkeys(range(world_size), OK),
+    )
+
+
+def _set_first(store: Store, key: str, value: str) -> str:
+    """Write *value* unless *key* is there; return what is there."""
+    return store.compare_set(key, "", value).decode()
+
+
+def _peek(store: Store, key: str) -> bytes:
+    """Read *key* without waiting for it, in one call; `_ABSENT` if it is not there."""
+    # A compare_set that cannot match returns the present value, or what was expected.
+    return store.compare_set(key, _ABSENT, _ABSENT)
+
+
+def _remove(keys: list[str], store: Store, tell: Tell) -> None:  # noqa: ARG001  (a job's signature)
+    for key in keys:
+        store.delete_key(key)

@@ -1,0 +1,181 @@
+"""
+Facts in, text out: every sentence a user reads.
+
+The first line of a message holds the fact and survives truncation; details
+follow, indented. Guesses are in sentences that say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from ._outcome import Outcome, message_of, one_line, type_name
+
+
+if TYPE_CHECKING:
+    from ._outcome import Record, Verdict
+
+MOST_RANKS = 16
+"""Ranks that one line names; the rest are counted."""
+
+MISSING_ADVICE = (
+    "A missing rank is still in its body or a cleanup, is blocked in a collective, or never came to this scope.\n"
+    "  Look first at the earliest failure above, then at that rank's own log."
+)
+MISMATCH_ADVICE = (
+    "All ranks of a group must go through the same scopes in the same order. Usual causes: a scope under a\n"
+    "  condition that differs between ranks, a loop that is shorter on one rank, an error caught on one rank only."
+)
+
+NO_STORE = "The group has a barrier but no store, so any of the ranks named may have been there."
+
+
+def peers_failed(verdict: Verdict) -> str:
+    """Describe failures for the ranks that had none."""
+    ordered = _by_order(verdict.failures)
+    first, outcome = ordered[0]
+    who = _ranks(verdict, [rank for rank, _ in ordered])
+    which = f", rank {first} first" if len(ordered) > 1 else ""
+    head = f"{who} of {verdict.world_size} failed{_at(verdict)}{which}: {one_line(outcome.type_name, outcome.message)}"
+    lines = [head, *_outcomes(verdict)]
+    if verdict.reason:
+        lines.append(f"  {verdict.reason}")
+    lines.append(f"  rank {first}, {outcome.phase}:")
+    lines += [f"    {line}" for line in outcome.traceback.rstrip().splitlines()]
+    return "\n".join(lines)
+
+
+def missing(verdict: Verdict) -> str:
+    """Describe who did not come to the barrier."""
+    who = _ranks(verdict, verdict.missing)
+    head = f"{who} of {verdict.world_size} missing{_at(verdict)} after {verdict.timeout:.1f} s"
+    lines = [head, *_outcomes(verdict), f"  missing:  {_numbers(verdict.missing)}"]
+    lines.append(f"  {verdict.reason or MISSING_ADVICE}")
+    return "\n".join(lines)
+
+
+def lost(verdict: Verdict) -> str:
+    """Describe who is gone."""
+    who = _ranks(verdict, verdict.lost)
+    lines = [f"{who} of {verdict.world_size} lost{_at(verdict)} after {verdict.timeout:.1f} s", *_outcomes(verdict)]
+    if verdict.missing:
+        lines.append(f"  missing:  {_numbers(verdict.missing)}")
+    if verdict.reason:
+        lines.append(f"  {verdict.reason}")
+    return "\n".join(lines)
+
+
+def scopes_differ(verdict: Verdict) -> str:
+    """Describe ranks that arrived at different scopes."""
+    lines = [f"ranks arrived at different scopes{_at(verdict)}"]
+    lines += _grouped(
+        {rank: f"scope {name!r}, sequence {sequence}" for rank, (name, sequence) in verdict.names.items()}
+    )
+    return "\n".join([*lines, f"  {MISMATCH_ADVICE}"])
+
+
+def cleanups_differ(verdict: Verdict) -> str:
+    """Describe ranks that have different collective cleanups left."""
+    head = f"ranks disagree on the collective cleanups of scope {verdict.scope!r}"
+    ran = f"what all share ran: {', '.join(verdict.agreed)}" if verdict.agreed else "none of them ran"
+    lines = [f"{head}; {ran}"]
+    lists = {
+        rank: ", ".join(f"{name} [{mark}]" if mark else name for name, mark in pairs) or "none"
+        for rank, pairs in verdict.cleanups.items()
+    }
+    return "\n".join([*lines, *_grouped(lists)])
+
+
+def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
+    """Introduce the traceback in the log of the rank that failed."""
+    return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; its peers are told now"
+
+
+def attached(exc: BaseException, phase: str) -> str:
+    """Mention a later error on the one that is raised."""
+    return f"In addition, {phase}: {type_name(exc)}: {message_of(exc)}"
+
+
+def skipped(cleanups: Iterable[object]) -> str:
+    """Mention collective cleanups that nobody may run alone."""
+    return "Not run, because the ranks could not agree to run it together: " + ", ".join(map(str, cleanups))
+
+
+def stopped_waiting(rank: int, exc: BaseException) -> str:
+    """Say why a round ended before all had arrived."""
+    return f"rank {rank} stopped waiting at the barrier: {one_line(type_name(exc), message_of(exc))}"
+
+
+def store_trouble(server: int | None, waited: float, error: Exception | None) -> str:
+    """Say that the store cannot be reached, and who hosted it."""
+    host = f"hosted by rank {server}" if server is not None else "hosted outside of the group"
+    if error is None:
+        return (
+            f"The group's store ({host}) has not answered for {waited:.1f} s: its process is stopped, or cut off.\n"
+            "  Nothing is known of the other ranks."
+        )
+    return f"The group's store ({host}) is gone: {one_line(type_name(error), message_of(error))}"
+
+
+def waiting(verdict: Verdict, rank: int, waited: float) -> str:
+    """Say, while there is still time, who is not here yet."""
+    who = _ranks(verdict, verdict.missing) if verdict.missing else "nobody"
+    head = f"rank {rank} has waited {waited:.0f} s{_at(verdict)}; {who} of {verdict.world_size} missing"
+    return "\n".join([head, *_outcomes(verdict)])
+
+
+def waiting_blindly(mine: Record, rank: int, waited: float, error: Exception) -> str:
+    """Say that the store does not tell who is not here yet."""
+    return f"rank {rank} has waited {waited:.0f} s in scope {mine.scope!r}; the store does not say for whom: {error}"
+
+
+def _at(verdict: Verdict) -> str:
+    place = verdict.stage.split()[0]
+    return f" at the {place} of scope {verdict.scope!r}"
+
+
+def _ranks(verdict: Verdict, ranks: Iterable[int]) -> str:
+    names = [
+        f"{rank} (global rank {verdict.global_ranks[rank]})" if verdict.global_ranks else str(rank) for rank in ranks
+    ]
+    if len(names) == 1:
+        return f"rank {names[0]}"
+    if len(names) > MOST_RANKS:
+        return f"ranks {', '.join(names[:MOST_RANKS])} and {len(names) - MOST_RANKS} more"
+    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _numbers(ranks: Iterable[int]) -> str:
+    """Write sorted ranks with runs folded: ``0, 2-5, 9``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [f"{run[0]}-{run[-1]}" if run[2:] else ", ".join(map(str, run)) for run in runs]
+    more = [f"and {len(texts) - MOST_RANKS} more"] if len(texts) > MOST_RANKS else []
+    return ", ".join(texts[:MOST_RANKS] + more)
+
+
+def _outcomes(verdict: Verdict) -> list[str]:
+    """List what arrived ranks say of themselves, the failure published first at the top."""
+    told = {rank: str(outcome) for rank, outcome in _by_order(verdict.outcomes) if rank not in verdict.missing}
+    for rank, outcome in verdict.outcomes.items():
+        if outcome.also and rank in told:
+            told[rank] += f"; then {'; '.join(outcome.also)}"
+    failed = {rank: str(o) for rank, o in _by_order(verdict.failures) if rank in verdict.missing}
+    return _grouped(told, "arrived:") + _grouped(failed, "told:   ")
+
+
+def _grouped(texts: Mapping[int, str], title: str = "rank") -> list[str]:
+    """Write a line per text, with all the ranks that share it."""
+    groups: dict[str, list[int]] = {}
+    for rank, text in texts.items():
+        groups.setdefault(text, []).append(rank)
+    return [f"  {title}  {_numbers(sorted(ranks))} ({text})" for text, ranks in groups.items()]
+
+
+def _by_order(outcomes: Mapping[int, Outcome]) -> list[tuple[int, Outcome]]:
+    return sorted(outcomes.items(), key=lambda item: (item[1].order or len(outcomes) + 1, item[0]))

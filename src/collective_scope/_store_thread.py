@@ -1,0 +1,168 @@
+"""
+Store calls that can be bounded and interrupted.
+
+A call to a store blocks in C++ for as long as the server likes, whatever time
+limit it was given, and no signal handler of Python's runs meanwhile. So the
+calls are made on a thread of their own, with a client connection of its own,
+and the caller waits for the thread: with a real bound, open to Ctrl-C. A
+thread that does not come back is left behind; it is a daemon.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+logger = logging.getLogger("collective_scope")
+
+Tell = Callable[[Any], None]
+Job = Callable[["Store", Tell], Any]
+"""Given the thread's store and a way to tell the caller something before the job is done."""
+
+IDLE_S = 0.02
+"""Without a job for this long, the thread turns to what was put off."""
+
+MOST_LATER = 1024
+
+EXIT_S = 1.0
+"""How long the end of the process waits for threads that are in a store call."""
+
+
+@attrs.frozen
+class Done:
+    """The last message of a job: what it returned."""
+
+    value: Any
+
+
+@attrs.frozen
+class Later:
+    """What a job may return instead: its value, and a job to run when nothing else is to be done."""
+
+    value: Any
+    job: Job
+
+
+@attrs.frozen
+class Failed:
+    """The last message of a job: what it raised."""
+
+    error: BaseException
+
+
+class StoreThread:
+    """
+    A thread that makes store calls, one job after the other.
+
+    Args:
+        connect: Called on the thread before its first job; returns the store it uses.
+    """
+
+    def __init__(self, connect: Callable[[], Store]) -> None:
+        self._jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(
+            target=_serve, args=(self._jobs, connect), name="collective_scope-store", daemon=True
+        )
+        self._thread.start()
+        # The thread holds the queue, not this object, so it ends when nobody can ask it any more.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
+        _running.add(self)
+
+    def submit(self, job: Job) -> SimpleQueue[Any]:
+        """Start *job*; what it tells, and at last `Done` or `Failed`, appears in the returned queue."""
+        replies: SimpleQueue[Any] = SimpleQueue()
+        self._jobs.put((job, replies))
+        return replies
+
+    def call(self, job: Job, timeout: float) -> Any:
+        """
+        Run *job* and return its value.
+
+        Raises:
+            TimeoutError: If it did not finish within *timeout* seconds. It may still do so later.
+        """
+        try:
+            last = self.submit(job).get(timeout=timeout)
+        except Empty:
+            msg = f"the store did not answer within {timeout:.1f} s"
+            raise TimeoutError(msg) from None
+        if isinstance(last, Failed):
+            raise last.error
+        return last.value
+
+
+def _serve(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], connect: Callable[[], Store]) -> None:
+    store: Store | None = None
+    later: deque[Job] = deque()
+    while True:
+        try:
+            item = jobs.get(timeout=IDLE_S if later else None)
+        except Empty:
+            _catch_up(later, store)
+            continue
+        if item is None:
+            return
+        if len(later) > MOST_LATER:
+            _catch_up(later, store)
+        job, replies = item
+        try:
+            if store is None:
+                store = connect()
+            value = job(store, replies.put)
+        except BaseException as error:
+            replies.put(Failed(error))
+        else:
+            if isinstance(value, Later):
+                later.append(value.job)
+                value = value.value
+            replies.put(Done(value))
+            del value
+        # Until the next job comes, this frame must keep nothing of the last one alive.
+        del item, job, replies
+
+
+def _catch_up(later: deque[Job], store: Store | None) -> None:
+    while later and store is not None:
+        try:
+            later.popleft()(store, _nobody)
+        except RuntimeError as error:
+            # torch's store errors are RuntimeErrors. The store is gone, and with it what was to be removed.
+            logger.debug("a store call that was put off failed: %s", error)
+            later.clear()
+
+
+_running: weakref.WeakSet[StoreThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """
+    End the threads before the interpreter ends.
+
+    A daemon thread that comes back from C++ while the interpreter is going
+    away is ended inside of a C++ frame, and that aborts the process ("terminate
+    called without an active exception").
+    """
+    deadline = time.monotonic() + EXIT_S
+    threads = list(_running)
+    for each in threads:
+        each._jobs.put(None)  # noqa: SLF001
+    for each in threads:
+        each._thread.join(max(0.0, deadline - time.monotonic()))  # noqa: SLF001
+
+
+def _nobody(message: Any) -> None:
+    """Take what a job tells that nobody waits for."""
