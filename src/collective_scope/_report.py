@@ -37,7 +37,8 @@ def peers_failed(verdict: Verdict) -> str:
     first, outcome = ordered[0]
     who = _ranks(verdict, [rank for rank, _ in ordered])
     which = f", rank {first} first" if len(ordered) > 1 else ""
-    head = f"{who} of {verdict.world_size} failed{_at(verdict)}{which}: {one_line(outcome.type_name, outcome.message)}"
+    what = one_line(outcome.type_name, outcome.message)
+    head = f"{who} of {verdict.world_size} failed in scope {verdict.scope!r}{which}: {what}"
     lines = [head, *_outcomes(verdict)]
     if verdict.reason:
         lines.append(f"  {verdict.reason}")
@@ -169,12 +170,13 @@ def _outcomes(verdict: Verdict) -> list[str]:
     return _grouped(told, "arrived:") + _grouped(failed, "told:   ")
 
 
-def _grouped(texts: Mapping[int, str], title: str = "rank") -> list[str]:
+def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:
     """Write a line per text, with all the ranks that share it."""
     groups: dict[str, list[int]] = {}
     for rank, text in texts.items():
         groups.setdefault(text, []).append(rank)
-    return [f"  {title}  {_numbers(sorted(ranks))} ({text})" for text, ranks in groups.items()]
+    lines = [f"{_numbers(sorted(ranks))} ({text})" for text, ranks in groups.items()]
+    return [f"  {title if not number else ' ' * len(title)}  {line}" for number, line in enumerate(lines)]
 
 
 def _by_order(outcomes: Mapping[int, Outcome]) -> list[tuple[int, Outcome]]:

@@ -1,0 +1,88 @@
+"""
+What leaving a scope costs, as a ratio against what people do today.
+
+Measured interleaved in the same processes: an empty scope, a bare
+``dist.barrier()``, and ``dist.barrier()`` plus ``all_gather_object`` of an
+outcome (the usual way to agree). Medians over batches, of the slowest rank.
+
+Run: ``python -m tests.benchmarks.bench_exit [--ranks 2 4 8] [--batches 60]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from collective_scope import collective_scope
+
+
+def empty_scope() -> None:
+    with collective_scope(name="bench"):
+        pass
+
+
+def barrier_and_gather() -> None:
+    dist.barrier()
+    outcomes: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (dist.get_rank(), "ok", None))
+
+
+CASES: dict[str, tuple[Callable[[], object], int]] = {
+    "empty scope": (empty_scope, 20),
+    "dist.barrier": (dist.barrier, 20),
+    "barrier + all_gather_object": (barrier_and_gather, 2),
+}
+
+
+def measure(rank: int, world_size: int, port: int, batches: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world_size else "gloo"
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    taken: dict[str, list[float]] = {name: [] for name in CASES}
+    for _ in range(batches):
+        for name, (call, repeats) in CASES.items():
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            taken[name].append((time.perf_counter() - start) / repeats * 1e6)
+    for name, values in taken.items():
+        slowest = torch.tensor(values, dtype=torch.float64)
+        if "nccl" in backend:
+            slowest = slowest.cuda()
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        taken[name] = slowest.tolist()
+    if rank == 0:
+        medians = {name: statistics.median(values) for name, values in taken.items()}
+        scope = medians["empty scope"]
+        row = " | ".join(f"{name} {value:8.0f} us" for name, value in medians.items())
+        ratios = (scope / medians["dist.barrier"], scope / medians["barrier + all_gather_object"])
+        print(f"{world_size:2} ranks | {row} | scope / barrier {ratios[0]:.2f}"
+              f" | scope / (barrier + gather) {ratios[1]:.3f}", flush=True)  # fmt: skip
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--batches", type=int, default=60)
+    args = parser.parse_args()
+    for world_size in args.ranks:
+        server = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+        mp.spawn(measure, (world_size, server.port, args.batches), nprocs=world_size)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Runs each example as its reader would and checks what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.ranks import run_script
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def lines_of(example: str) -> list[str]:
+    """Run an example; it must exit with 0 and leave nothing on stderr."""
+    result = run_script(EXAMPLES / example, timeout=120)
+    assert result.stderr == ""
+    return result.stdout.splitlines()
+
+
+def test_hello_scope_slow_rank_keeps_the_fast_one() -> None:
+    """No rank leaves before every rank has cleaned up."""
+    lines = lines_of("hello_scope.py")
+
+    assert {"rank 0 cleans up", "rank 1 cleans up"} < set(lines[:4])
+    assert {"rank 0 has left", "rank 1 has left"} == set(lines[4:])
+
+
+def test_decorated_worker_shared_folder_is_removed_after_the_barrier() -> None:
+    """Each call is a scope, and the folder outlives all writers."""
+    assert ["4 shards, folder still there: True", "6 shards, folder still there: True"] == lines_of(
+        "decorated_worker.py"
+    )
+
+
+def test_failing_rank_fails_one_subtest_on_all_ranks() -> None:
+    """The failing rank keeps its own error, its peer is told, and both go on."""
+    text = "\n".join(lines_of("failing_rank.py"))
+
+    for rank in (0, 1):
+        assert f"[rank {rank}] value-10 passed" in text
+        assert f"[rank {rank}] value-30 passed" in text
+    assert "[rank 1] value-20 FAILED: AssertionError: expected 42, got 41" in text
+    assert (
+        "[rank 0] value-20 FAILED: PeerFailedError: rank 1 of 2 failed in scope 'value-20':"
+        " AssertionError: expected 42, got 41"
+    ) in text
+    assert "[rank 1] ERROR rank 1 of 2 failed in scope 'value-20', body; its peers are told now" in text
+    assert "assert total.item() == expected" in text.partition("[rank 0] value-20 FAILED")[2]
