@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import socket
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
 from . import _report
+from ._lookout import CHECK_S, LINGER_S, Lookout
 from ._outcome import Outcome, Record, Verdict, judge
+from ._process import Place, me
 from ._protocol import Protocol
 from ._store_thread import Done, Failed, Job, StoreThread
+from ._watcher import Watcher
 
 
 if TYPE_CHECKING:
@@ -28,16 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("collective_scope")
 
-ANSWER_S = 1.0
-"""How long a store that should answer at once may take when the deadline has passed."""
+HEARTBEAT_TIMEOUT_S = 30.0
 
-LINGER_S = 5.0
-"""How long the rank that hosts the store waits for peers to read the verdict."""
-
-WARNINGS_S = (10.0, 30.0, 60.0, 120.0)
-"""When a waiting rank logs who is missing; then again every `WARNINGS_S[-1]` seconds."""
-
-_HOST = socket.gethostname()
+GRACE_S = 0.9
+"""How long after its deadline a wait may take to end; then the store is taken for frozen."""
 
 
 @attrs.define(eq=False)
@@ -50,6 +46,7 @@ class Barrier:
         rank: This rank, counted from 0 within the group.
         world_size: Number of ranks of the group.
         server: The rank whose process hosts the store's server, if one of the group's does.
+        watcher: What answers for this process; kept alive by its barriers.
         global_ranks: What the ranks are called in the default group, if not the same.
     """
 
@@ -58,6 +55,7 @@ class Barrier:
     world_size: int
     server: int | None = None
     global_ranks: tuple[int, ...] = ()
+    watcher: Watcher | None = None
     in_step: bool = attrs.field(default=True, init=False)
     """Whether every rank arrived at the latest round; if not, a body must not start."""
     scopes: int = attrs.field(default=0, init=False)
@@ -70,7 +68,9 @@ class Barrier:
     def __attrs_post_init__(self) -> None:
         self._protocol = Protocol(self.rank, self.world_size, self.server)
 
-    def arrive(self, mine: Record, *, timeout: float, failure_timeout: float) -> Verdict:
+    def arrive(
+        self, mine: Record, *, timeout: float, failure_timeout: float, heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S
+    ) -> Verdict:
         """
         Tell the peers *mine* and wait for the verdict, the same on every rank.
 
@@ -78,21 +78,28 @@ class Barrier:
             Every rank of the group arrives at the same rounds in the same order.
 
         Args:
-            mine: What to tell. Its round, host and pid are filled in.
+            mine: What to tell. Its round and process are filled in.
             timeout: Longest wait in seconds, counted from now.
             failure_timeout: Longest wait in seconds from the moment at which this rank learns of a failure.
+            heartbeat_timeout: Seconds without a heartbeat after which a rank on another machine counts as lost.
         """
         mine = self._mine(mine)
         self._round += 1
         if self.world_size == 1:
             return judge({0: mine}, mine, 1)
+        now = time.monotonic()
+        deadline = now + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
+        lookout = Lookout(self._protocol, mine, now, deadline, heartbeat_timeout)
         self.in_step = False
         try:
-            verdict = self._await(mine, timeout, failure_timeout)
+            verdict = self._await(lookout, failure_timeout)
         except BaseException as interrupt:
             # A signal. The peers must not be told later that this rank left in peace.
+            lookout.stop.set()
             self.in_step = self._stop_waiting(mine, interrupt).complete
             raise
+        finally:
+            lookout.stop.set()
         self.in_step = verdict.complete
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
@@ -105,10 +112,27 @@ class Barrier:
         if self.world_size > 1:
             self._ask(functools.partial(self._protocol.publish, attrs.evolve(self._mine(mine), arrived=False)))
 
+    def greet(self) -> None:
+        """Tell the peers which process this is, at the first scope, without waiting for the store."""
+        if self.world_size > 1 and self._thread is None:
+            self._ask(lambda *_: None)
+
+    def survey(self, mine: Record) -> dict[int, Place]:
+        """Return where the other ranks are, as far as that can be said within a second or two."""
+        if self.world_size == 1:
+            return {}
+        lookout = Lookout(self._protocol, mine, time.monotonic(), 0.0, math.inf)
+        try:
+            places: dict[int, Place] = self._new_thread().call(lookout.survey, 2 * GRACE_S)
+        except (TimeoutError, RuntimeError) as error:
+            logger.warning("rank %d cannot ask its peers where they are: %s", self.rank, error)
+            return {}
+        return places
+
     # What follows runs on the thread that called arrive().
 
     def _mine(self, record: Record) -> Record:
-        return attrs.evolve(record, round=self._round, host=_HOST, pid=os.getpid())
+        return attrs.evolve(record, round=self._round, process=me())
 
     def _new_thread(self) -> StoreThread:
         # Not a method: a thread that refers to this object would keep it, and itself, alive.
@@ -120,61 +144,42 @@ class Barrier:
             self._thread = self._new_thread()
         return self._thread.submit(job)
 
-    def _ask_helper(self, job: Job, timeout: float = ANSWER_S) -> Any:
-        """Make a call while the first thread waits in the store."""
-        if self._helper is None:
-            self._helper = self._new_thread()
-        try:
-            return self._helper.call(job, timeout)
-        except (TimeoutError, RuntimeError):
-            self._helper = None
-            raise
-
-    def _await(self, mine: Record, timeout: float, failure_timeout: float) -> Verdict:
-        read: list[Verdict] = []
-        replies = self._ask(functools.partial(self._protocol.attend, mine, timeout, read))
-        start = time.monotonic()
-        deadline = start + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
-        warnings = _times(start)
-        warn_at = next(warnings)
+    def _await(self, lookout: Lookout, failure_timeout: float) -> Verdict:
+        replies = self._ask(functools.partial(self._protocol.attend, lookout.mine, lookout.read))
+        looking = False
         while True:
+            # The lookout ends the wait; these bounds hold when the store keeps it from doing so.
+            if not looking:
+                limit = lookout.start + CHECK_S
+            elif lookout.read:
+                limit = lookout.read[0][1] + LINGER_S + GRACE_S
+            else:
+                limit = lookout.deadline + GRACE_S
             try:
-                reply = replies.get(timeout=max(0.0, min(deadline, warn_at) - time.monotonic()))
+                reply = replies.get(timeout=max(0.0, limit - time.monotonic()))
             except Empty:
-                now = time.monotonic()
-                if read or now >= deadline:
-                    return self._give_up(replies, read, mine, now - start)
-                warn_at = next(warnings)
-                self._warn(mine, now - start)
+                if looking and not (lookout.read and limit < lookout.read[0][1] + LINGER_S):
+                    self._helper = None
+                    return self._without_store(lookout, TimeoutError())
+                if not looking:
+                    self._helper = self._helper or self._new_thread()
+                    self._helper.submit(lookout.run)
+                    looking = True
                 continue
-            if isinstance(reply, Done | Failed):
-                return self._conclude(reply, read, mine, time.monotonic() - start)
+            if isinstance(reply, Done):
+                return cast("Verdict", reply.value)
+            if isinstance(reply, Failed):
+                if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
+                    raise reply.error
+                return self._without_store(lookout, reply.error)
             # A peer has failed.
-            deadline = min(deadline, time.monotonic() + failure_timeout)
+            lookout.deadline = min(lookout.deadline, time.monotonic() + failure_timeout)
 
-    def _give_up(self, replies: SimpleQueue[Any], read: list[Verdict], mine: Record, waited: float) -> Verdict:
-        """Decide the verdict now, and return what was decided."""
-        try:
-            if not read:
-                self._ask_helper(functools.partial(self._protocol.close, mine, waited, ""))
-            # The thread that waits in the store wakes for that. If there was a verdict already,
-            # this rank hosts the store, and peers that arrived have not confirmed it yet.
-            patience = LINGER_S if read else ANSWER_S
-            while True:
-                reply = replies.get(timeout=patience)
-                if isinstance(reply, Done | Failed):
-                    return self._conclude(reply, read, mine, waited)
-        except (Empty, TimeoutError, RuntimeError) as error:
-            self._thread = None
-            return read[0] if read else self._unreachable(mine, waited, error)
-
-    def _conclude(self, reply: Done | Failed, read: list[Verdict], mine: Record, waited: float) -> Verdict:
-        if isinstance(reply, Done):
-            return cast("Verdict", reply.value)
+    def _without_store(self, lookout: Lookout, error: Exception) -> Verdict:
         self._thread = None
-        if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
-            raise reply.error
-        return read[0] if read else self._unreachable(mine, waited, reply.error)
+        if lookout.read:
+            return lookout.read[0][0]  # only confirmations of peers were missing
+        return self._unreachable(lookout.mine, time.monotonic() - lookout.start, error)
 
     def _stop_waiting(self, mine: Record, interrupt: BaseException) -> Verdict:
         """End the round for all: an interrupt has ended the wait of this rank."""
@@ -182,18 +187,20 @@ class Barrier:
             mine = attrs.evolve(mine, outcome=Outcome.of(interrupt, "barrier"))
         reason = _report.stopped_waiting(self.rank, interrupt)
         self._thread = None
+        self._helper = self._helper or self._new_thread()
         try:
-            verdict: Verdict = self._ask_helper(
-                functools.partial(self._protocol.close, mine, 0.0, reason), ANSWER_S / 2
+            verdict: Verdict = self._helper.call(
+                lambda store, _: self._protocol.close(mine, store, reason=reason), GRACE_S / 2
             )
         except (TimeoutError, RuntimeError) as error:
+            self._helper = None
             logger.warning("rank %d could not tell its peers that it stopped waiting: %s", self.rank, error)
             return self._unreachable(mine, 0.0, error)
         return verdict
 
     def _unreachable(self, mine: Record, waited: float, error: Exception) -> Verdict:
         """No store, so no agreement: what this rank alone can say."""
-        gone = not isinstance(error, Empty | TimeoutError)
+        gone = not isinstance(error, TimeoutError)
         lost = (self.server,) if gone and self.server not in (None, self.rank) else ()
         return Verdict(
             scope=mine.scope,
@@ -201,23 +208,9 @@ class Barrier:
             world_size=self.world_size,
             stage=mine.stage,
             outcomes={self.rank: mine.outcome},
+            arrived=(self.rank,),
             missing=tuple(rank for rank in range(self.world_size) if rank != self.rank and rank not in lost),
             lost=lost,
             timeout=waited,
             reason=_report.store_trouble(self.server, waited, error if gone else None),
         )
-
-    def _warn(self, mine: Record, waited: float) -> None:
-        try:
-            records = self._ask_helper(self._protocol.records)
-        except (TimeoutError, RuntimeError) as error:
-            logger.warning("%s", _report.waiting_blindly(mine, self.rank, waited, error))
-        else:
-            logger.warning("%s", _report.waiting(judge(records, mine, self.world_size), self.rank, waited))
-
-
-def _times(start: float) -> Iterator[float]:
-    yield from (start + after for after in WARNINGS_S)
-    while True:
-        start += WARNINGS_S[-1]
-        yield start + WARNINGS_S[-1]

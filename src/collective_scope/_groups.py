@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ._barrier import Barrier
 from ._plain_barrier import PlainBarrier
+from ._watcher import Watcher
 
 
 if TYPE_CHECKING:
@@ -50,7 +51,17 @@ ACCEPTED = (
 )
 
 _barriers: weakref.WeakKeyDictionary[ProcessGroup, Barrier] = weakref.WeakKeyDictionary()
+_watchers: weakref.WeakValueDictionary[tuple[object, ...], Watcher] = weakref.WeakValueDictionary()
 _plain_barriers: dict[int, PlainBarrier] = {}
+
+
+def _forget() -> None:
+    """Start afresh in a forked child: it has its parent's objects, but none of the threads."""
+    _barriers.clear()
+    _watchers.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def alone() -> Barrier:
@@ -141,17 +152,31 @@ def _of_process_group(group: ProcessGroup | None) -> tuple[Barrier, object] | No
     barrier = _barriers.get(group)
     if barrier is None:
         ranks = dist.get_process_group_ranks(group)
+        connect = functools.partial(_clone, weakref.ref(store))
+        server = _server(store, ranks)
         barrier = Barrier(
-            connect=functools.partial(_clone, weakref.ref(store)),
+            connect=connect,
             rank=group.rank(),
             world_size=group.size(),
-            server=_server(store, ranks),
+            server=server,
             global_ranks=() if ranks == list(range(len(ranks))) else tuple(ranks),
+            watcher=_watcher(store, connect) if group.size() > 1 else None,
         )
         _barriers[group] = barrier
     # Where this process hosts the store, the server lives as long as the store object:
     # the scope keeps it, so that its barrier outlives a group that the body destroys.
     return barrier, (group, store)
+
+
+def _watcher(store: Store, connect: Callable[[], Store]) -> Watcher:
+    """Return the watcher over the store that *store* is a view of; all groups share it."""
+    base = _base(store)
+    key = (os.getpid(), base.host, base.port) if isinstance(base, dist.TCPStore) else (os.getpid(), id(base))
+    watcher = _watchers.get(key)
+    if watcher is None:
+        hosts = _by_rank_0(base) and dist.get_rank() == 0
+        watcher = _watchers[key] = Watcher(connect, store if hosts else None)
+    return watcher
 
 
 def _clone(ref: weakref.ref[Store]) -> Store:
@@ -170,9 +195,16 @@ def _no_store() -> Store:
 
 def _server(store: Store, ranks: list[int]) -> int | None:
     """Return the rank, within the group, whose process hosts the store; None if none does."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
+    return ranks.index(0) if _by_rank_0(_base(store)) and 0 in ranks else None
+
+
+def _by_rank_0(base: Store) -> bool:
     # torchrun hosts the store in its agent and says so; otherwise it is global rank 0
     # (torch/distributed/rendezvous.py).
-    by_rank_0 = isinstance(store, dist.TCPStore) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return ranks.index(0) if by_rank_0 and 0 in ranks else None
+    return isinstance(base, dist.TCPStore) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _base(store: Store) -> Store:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store

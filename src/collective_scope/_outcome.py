@@ -15,6 +15,8 @@ from typing import Any
 
 import attrs
 
+from ._process import NOBODY, Place, Process
+
 
 MESSAGE_LIMIT = 16_384
 """Characters of an exception's message that travel."""
@@ -97,9 +99,8 @@ class Record:
         sequence: How many scopes this rank had entered on the group before this one.
         outcome: What happened on the rank so far.
         cleanups: Collective cleanups left: name and fingerprint, in the order they would run.
-        arrived: False if the rank published a failure and has not arrived yet.
-        host: Name of the rank's host.
-        pid: Its process id there.
+        arrived: False if the rank tells something and has not arrived yet.
+        process: Which process the rank is.
     """
 
     round: int
@@ -109,30 +110,25 @@ class Record:
     outcome: Outcome = OK
     cleanups: tuple[tuple[str, str], ...] = ()
     arrived: bool = True
-    host: str = ""
-    pid: int = 0
+    process: Process = NOBODY
 
     def encode(self) -> str:
         outcome = None if self.outcome.ok else attrs.astuple(self.outcome)
+        process = attrs.astuple(self.process)
         # By hand: attrs.asdict takes twice as long, and every exit waits for this.
         return json.dumps(
-            (
-                self.round,
-                self.stage,
-                self.scope,
-                self.sequence,
-                outcome,
-                self.cleanups,
-                self.arrived,
-                self.host,
-                self.pid,
-            )
+            (self.round, self.stage, self.scope, self.sequence, outcome, self.cleanups, self.arrived, process)
         )
 
     @classmethod
-    def decode(cls, text: bytes) -> Record:
-        t, stage, scope, sequence, outcome, cleanups, *rest = json.loads(text)
-        return cls(t, stage, scope, sequence, Outcome(*outcome) if outcome else OK, _pairs(cleanups), *rest)
+    def decode(cls, text: str | bytes) -> Record:
+        """Read what `encode` wrote."""
+        t, stage, scope, sequence, outcome, cleanups, arrived, process = json.loads(text)
+        outcome = Outcome(*outcome) if outcome else OK
+        return cls(t, stage, scope, sequence, outcome, _pairs(cleanups), arrived, Process(*process))
+
+
+NOWHERE: Mapping[int, Place] = {}
 
 
 @attrs.frozen
@@ -146,6 +142,7 @@ class Verdict:
         world_size: Number of ranks of the group.
         stage: The round that was decided last, ``"exit"`` for most scopes.
         outcomes: What happened, by rank, for each rank that said so.
+        arrived: Ranks that had arrived when the verdict was decided, sorted.
         missing: Ranks that were not seen at the barrier when the timeout ran out, sorted.
         lost: Ranks whose process, or whose store, is known to be gone, sorted.
         names: By rank: scope name and sequence, if the ranks were at different scopes.
@@ -153,6 +150,7 @@ class Verdict:
         agreed: Collective cleanups that every rank has left, in the order they run.
         pending: Whether some rank has collective cleanups left, so that a further round follows.
         timeout: Seconds that the rank which ended the wait had waited.
+        where: Where the missing and lost ranks are, as far as they or their host could be asked.
         reason: Why the round ended before its time (the store did not answer, ...); empty otherwise.
         global_ranks: What ranks 0, 1, ... are called in the default group; empty if the same.
     """
@@ -162,6 +160,7 @@ class Verdict:
     world_size: int
     stage: str = "exit"
     outcomes: Mapping[int, Outcome] = attrs.field(factory=dict)
+    arrived: tuple[int, ...] = attrs.field(default=(), converter=_ranks)
     missing: tuple[int, ...] = attrs.field(default=(), converter=_ranks)
     lost: tuple[int, ...] = attrs.field(default=(), converter=_ranks)
     names: Mapping[int, tuple[str, int]] = attrs.field(factory=dict)
@@ -169,6 +168,7 @@ class Verdict:
     agreed: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     pending: bool = False
     timeout: float = 0.0
+    where: Mapping[int, Place] = NOWHERE
     reason: str = ""
     global_ranks: tuple[int, ...] = attrs.field(default=(), converter=_ranks)
 
@@ -196,12 +196,20 @@ class Verdict:
         # JSON has neither integer keys nor tuples.
         fields["outcomes"] = {int(rank): Outcome(**o) for rank, o in fields["outcomes"].items()}
         fields["names"] = {int(rank): (str(n), int(s)) for rank, (n, s) in fields["names"].items()}
+        fields["where"] = {int(rank): Place.of(place) for rank, place in fields["where"].items()}
         fields["cleanups"] = {int(rank): _pairs(c) for rank, c in fields["cleanups"].items()}
         return cls(**fields)
 
 
 def judge(
-    records: Mapping[int, Record], mine: Record, world_size: int, *, timeout: float = 0.0, reason: str = ""
+    records: Mapping[int, Record],
+    mine: Record,
+    world_size: int,
+    *,
+    timeout: float = 0.0,
+    reason: str = "",
+    lost: Iterable[int] = (),
+    where: Mapping[int, Place] = NOWHERE,
 ) -> Verdict:
     """
     Derive the verdict of *mine*'s round from what the ranks told.
@@ -212,10 +220,13 @@ def judge(
         world_size: Number of ranks.
         timeout: Seconds that this rank has waited.
         reason: Why the round ends before all have arrived, if not for a timeout.
+        lost: Ranks that are known to be gone; those that had arrived do not count.
+        where: Where missing and lost ranks are.
     """
     told = {rank: r for rank, r in sorted(records.items()) if r.round == mine.round}
     arrived = {rank: r for rank, r in told.items() if r.arrived}
     mismatch = len({(r.stage, r.scope, r.sequence) for r in arrived.values()}) > 1
+    gone = [rank for rank in lost if rank not in arrived]
     lists = {rank: r.cleanups for rank, r in arrived.items()}
     agreed = agree(lists.values())
     return Verdict(
@@ -225,8 +236,11 @@ def judge(
         stage=mine.stage,
         # A rank that published a failure and is still cleaning up has an outcome, and is missing.
         outcomes={rank: r.outcome for rank, r in told.items()},
-        # At a mismatch, or an interrupt, nobody waited for the ranks that are not here yet.
-        missing=() if mismatch or reason else [rank for rank in range(world_size) if rank not in arrived],
+        arrived=arrived,
+        # At a mismatch, a loss or an interrupt, nobody waited for the ranks that are not here yet.
+        missing=() if mismatch or gone or reason else [rank for rank in range(world_size) if rank not in arrived],
+        lost=gone,
+        where={rank: place for rank, place in where.items() if rank not in arrived},
         names={rank: (r.scope, r.sequence) for rank, r in arrived.items()} if mismatch else {},
         cleanups=lists if len(set(lists.values())) > 1 else {},
         agreed=agreed,

@@ -20,6 +20,7 @@ from ._store_thread import Failed, StoreThread
 
 if TYPE_CHECKING:
     from ._groups import Communicator
+    from ._process import Place
 
 
 class PlainBarrier:
@@ -39,8 +40,11 @@ class PlainBarrier:
         self._thread: StoreThread | None = None
         self._entered: SimpleQueue[Any] | None = None
 
-    def arrive(self, mine: Record, *, timeout: float, failure_timeout: float) -> Verdict:
+    def arrive(
+        self, mine: Record, *, timeout: float, failure_timeout: float, heartbeat_timeout: float = 0.0
+    ) -> Verdict:
         """Wait for all ranks, as `Barrier.arrive` does; the verdict knows of no other rank."""
+        del heartbeat_timeout  # nobody's heart can be heard
         start = time.monotonic()
         limit = timeout if mine.outcome.ok else min(timeout, failure_timeout)
         self.in_step = False
@@ -52,10 +56,17 @@ class PlainBarrier:
         if not self._left(limit - (time.monotonic() - start)):
             return self._timed_out(mine, time.monotonic() - start)
         self.in_step = True
-        return Verdict(mine.scope, mine.sequence, self.world_size, mine.stage, {self.rank: mine.outcome})
+        return Verdict(mine.scope, mine.sequence, self.world_size, mine.stage, {self.rank: mine.outcome}, [self.rank])
 
     def publish(self, mine: Record) -> None:
         """Nobody can be told."""
+
+    def greet(self) -> None:
+        """Nobody can be told."""
+
+    def survey(self, mine: Record) -> dict[int, Place]:  # noqa: ARG002  (as Barrier has it)
+        """Nobody can be asked."""
+        return {}
 
     def _left(self, limit: float) -> bool:
         assert self._entered is not None  # noqa: S101  (for the type checker)
@@ -75,7 +86,7 @@ class PlainBarrier:
             self.world_size,
             mine.stage,
             {self.rank: mine.outcome},
-            missing=[rank for rank in range(self.world_size) if rank != self.rank],
+            missing=tuple(rank for rank in range(self.world_size) if rank != self.rank),
             timeout=waited,
             reason=_report.NO_STORE,
         )

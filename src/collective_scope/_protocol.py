@@ -36,14 +36,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from uuid import uuid4
 
 import attrs
 from torch.distributed import PrefixStore, Store
 
-from ._outcome import OK, Record, Verdict, judge
-from ._store_thread import Later, Tell
+from ._outcome import NOWHERE, OK, Record, Verdict, judge
+from ._process import Place, me
+from ._store_thread import ABSENT, Later, Tell, peek, set_first
 
 
 # Fields of the counters. 65 535 ranks fit.
@@ -53,8 +56,9 @@ _PENDING = 1 << 32
 _READ = 1 << 16
 _SPOILED = 1 << 32
 
-_ABSENT = "?"
-"""What `_peek` gets for a key that is not there; no key has this value."""
+
+FOREVER = timedelta(days=1)
+"""The bound of a wait is its caller's, who ends the round, and with it the wait."""
 
 
 @attrs.define(eq=False)
@@ -85,15 +89,18 @@ class Protocol:
         one, so that one is over and the next one begins.
         """
         store = PrefixStore(f"collective_scope/{self.world_size}", store)
-        life = _set_first(store, "life", "0")
-        while _set_first(store, f"{life}/seat/{self.rank}", self._seat) != self._seat:
+        life = set_first(store, "life", "0")
+        while set_first(store, f"{life}/seat/{self.rank}", self._seat) != self._seat:
             life = store.compare_set("life", life, str(int(life) + 1)).decode()
-        return PrefixStore(life, store)
+        store = PrefixStore(life, store)
+        if peek(store, f"rank/{self.rank}") == ABSENT:
+            # From now on peers know which process this rank is, wherever it gets stuck.
+            store.set(f"rank/{self.rank}", Record(-1, "", "", -1, arrived=False, process=me()).encode())
+        return store
 
-    def attend(self, mine: Record, timeout: float, read: list[Verdict], store: Store, tell: Tell) -> Verdict | Later:
-        """Arrive, wait, read, confirm; put the verdict into *read* as soon as it is known."""
+    def attend(self, mine: Record, read: list[tuple[Verdict, float]], store: Store, tell: Tell) -> Verdict | Later:
+        """Arrive, wait, read, confirm; where that takes confirmations of peers, put the verdict into *read* first."""
         t, head = mine.round, _head(mine)
-        limit = timedelta(seconds=timeout + 60.0)  # the real bound is the caller's, which ends this wait too
         flags = _PENDING if mine.cleanups else 0
         if mine.outcome.ok:
             store.set(f"rank/{self.rank}", mine.encode())
@@ -101,27 +108,26 @@ class Protocol:
             flags |= _FAILED
             self.publish(mine, store, tell)
         count = store.add(f"{t}/count/{head}", 1 + flags)
-        mismatch = count & _FIELD == 1 and _set_first(store, f"{t}/head", head) != head
+        mismatch = count & _FIELD == 1 and set_first(store, f"{t}/head", head) != head
         if count == self.world_size:
-            _set_first(store, f"{t}/news", "ok")
+            set_first(store, f"{t}/news", "ok")
         elif mismatch or count & _FIELD == self.world_size:
-            self.close(mine, 0.0, "", store, tell)
+            self.close(mine, store)
         else:
-            store.wait([f"{t}/news"], limit)
+            store.wait([f"{t}/news"], FOREVER)
         seen = store.add(f"{t}/seen", 1)
         if seen < _SPOILED:
-            verdict, readers, expected = _all_ok(mine, self.world_size), seen, self.world_size
+            verdict, readers = _all_ok(mine, self.world_size), seen
         else:
-            verdict = self._read(mine, limit, store, tell)
+            verdict = self._read(mine, store, tell)
             readers = store.add(f"{t}/seen", _READ) // _READ & _FIELD
-            expected = len(verdict.names) or self.world_size - len(verdict.missing)
         if self.server is not None:
             # The process that hosts the store may end right after the scope, but not before its peers have read.
-            if readers == expected:
+            if readers == len(verdict.arrived):
                 store.set(f"{t}/empty", "")
-            elif readers < expected and self.rank == self.server:
-                read.append(verdict)
-                store.wait([f"{t}/empty"], limit)
+            elif readers < len(verdict.arrived) and self.rank == self.server:
+                read.append((verdict, time.monotonic()))
+                store.wait([f"{t}/empty"], FOREVER)
         keys = self._garbage(verdict, readers, spoiled=seen >= _SPOILED)
         if keys or verdict.names:  # at a mismatch, nobody else may know of this one
             keys.append(f"count/{head}")
@@ -135,15 +141,15 @@ class Protocol:
             return []
         return ["head", "news", "seen", *["verdict"] * spoiled, *["empty"] * (self.server is not None)]
 
-    def _read(self, mine: Record, limit: timedelta, store: Store, tell: Tell) -> Verdict:
+    def _read(self, mine: Record, store: Store, tell: Tell) -> Verdict:
         """Return the verdict of a round in which there may be more to say than ``ok``."""
-        news = _peek(store, f"{mine.round}/news")
-        if news == b"ok":
+        news = peek(store, f"{mine.round}/news")
+        if news == "ok":
             return _all_ok(mine, self.world_size)
-        if news == b"failed":
+        if news == "failed":
             tell("failed")
-            store.wait([f"{mine.round}/verdict"], limit)
-        return Verdict.decode(_peek(store, f"{mine.round}/verdict"))
+            store.wait([f"{mine.round}/verdict"], FOREVER)
+        return Verdict.decode(peek(store, f"{mine.round}/verdict"))
 
     def publish(self, mine: Record, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
         """Tell that this rank failed, and wake the waiting ones."""
@@ -152,23 +158,33 @@ class Protocol:
         outcome = attrs.evolve(mine.outcome, order=self._order[1])
         store.set(f"rank/{self.rank}", attrs.evolve(mine, outcome=outcome).encode())
         store.add(f"{mine.round}/seen", _SPOILED)
-        _set_first(store, f"{mine.round}/news", "failed")
+        set_first(store, f"{mine.round}/news", "failed")
 
-    def close(self, mine: Record, waited: float, reason: str, store: Store, tell: Tell) -> Verdict:
+    def close(
+        self,
+        mine: Record,
+        store: Store,
+        *,
+        waited: float = 0.0,
+        reason: str = "",
+        lost: tuple[int, ...] = (),
+        where: Mapping[int, Place] = NOWHERE,
+    ) -> Verdict:
         """Decide the verdict from what is known now, unless it has been decided; return what was."""
         t = mine.round
-        records = self.records(store, tell)
+        records = self.records(store)
         if reason or self.rank not in records or records[self.rank].round != t:
             records[self.rank] = mine
-        verdict = judge(records, mine, self.world_size, timeout=waited, reason=reason)
+        verdict = judge(records, mine, self.world_size, timeout=waited, reason=reason, lost=lost, where=where)
         store.add(f"{t}/seen", _SPOILED)
-        decided = _set_first(store, f"{t}/verdict", verdict.encode())
-        news = _set_first(store, f"{t}/news", "closed")
+        decided = set_first(store, f"{t}/verdict", verdict.encode())
+        news = set_first(store, f"{t}/news", "closed")
         return _all_ok(mine, self.world_size) if news == "ok" else Verdict.decode(decided)
 
-    def records(self, store: Store, tell: Tell) -> dict[int, Record]:  # noqa: ARG002  (a job's signature)
-        texts = {rank: _peek(store, f"rank/{rank}") for rank in range(self.world_size)}
-        return {rank: Record.decode(text) for rank, text in texts.items() if text != _ABSENT.encode()}
+    def records(self, store: Store, ranks: Iterable[int] | None = None) -> dict[int, Record]:
+        """Return the latest record of each rank, or of *ranks*, that has told anything."""
+        texts = {rank: peek(store, f"rank/{rank}") for rank in (range(self.world_size) if ranks is None else ranks)}
+        return {rank: Record.decode(text) for rank, text in texts.items() if text != ABSENT}
 
 
 def _head(record: Record) -> str:
@@ -183,18 +199,8 @@ def _all_ok(mine: Record, world_size: int) -> Verdict:
         world_size=world_size,
         stage=mine.stage,
         outcomes=dict.fromkeys(range(world_size), OK),
+        arrived=range(world_size),
     )
-
-
-def _set_first(store: Store, key: str, value: str) -> str:
-    """Write *value* unless *key* is there; return what is there."""
-    return store.compare_set(key, "", value).decode()
-
-
-def _peek(store: Store, key: str) -> bytes:
-    """Read *key* without waiting for it, in one call; `_ABSENT` if it is not there."""
-    # A compare_set that cannot match returns the present value, or what was expected.
-    return store.compare_set(key, _ABSENT, _ABSENT)
 
 
 def _remove(keys: list[str], store: Store, tell: Tell) -> None:  # noqa: ARG001  (a job's signature)

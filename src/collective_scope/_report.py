@@ -14,7 +14,8 @@ from ._outcome import Outcome, message_of, one_line, type_name
 
 
 if TYPE_CHECKING:
-    from ._outcome import Record, Verdict
+    from ._outcome import Verdict
+    from ._process import Place
 
 MOST_RANKS = 16
 """Ranks that one line names; the rest are counted."""
@@ -48,10 +49,10 @@ def peers_failed(verdict: Verdict) -> str:
 
 
 def missing(verdict: Verdict) -> str:
-    """Describe who did not come to the barrier."""
+    """Describe who did not come to the barrier, and where they are."""
     who = _ranks(verdict, verdict.missing)
     head = f"{who} of {verdict.world_size} missing{_at(verdict)} after {verdict.timeout:.1f} s"
-    lines = [head, *_outcomes(verdict), f"  missing:  {_numbers(verdict.missing)}"]
+    lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
     lines.append(f"  {verdict.reason or MISSING_ADVICE}")
     return "\n".join(lines)
 
@@ -60,10 +61,23 @@ def lost(verdict: Verdict) -> str:
     """Describe who is gone."""
     who = _ranks(verdict, verdict.lost)
     lines = [f"{who} of {verdict.world_size} lost{_at(verdict)} after {verdict.timeout:.1f} s", *_outcomes(verdict)]
+    lines += _places(verdict, verdict.lost, "lost:   ")
     if verdict.missing:
         lines.append(f"  missing:  {_numbers(verdict.missing)}")
     if verdict.reason:
         lines.append(f"  {verdict.reason}")
+    return "\n".join(lines)
+
+
+def stacks(rank: int, place: Place) -> str:
+    """Show, in the log, all that a rank says of its threads."""
+    return f"rank {rank} ({place.process}) is {place.phase} for {place.seconds:.1f} s; its stacks:\n{place.stacks}"
+
+
+def deadline(scope: str, seconds: float, here: Place, places: Mapping[int, Place]) -> str:
+    """Say where everybody is when a scope should have been left."""
+    lines = [f"scope {scope!r} was not left within its deadline of {seconds:.1f} s; this rank: {_place(here)}"]
+    lines += [f"  rank {rank}: {_place(place)}" for rank, place in sorted(places.items())]
     return "\n".join(lines)
 
 
@@ -123,12 +137,7 @@ def waiting(verdict: Verdict, rank: int, waited: float) -> str:
     """Say, while there is still time, who is not here yet."""
     who = _ranks(verdict, verdict.missing) if verdict.missing else "nobody"
     head = f"rank {rank} has waited {waited:.0f} s{_at(verdict)}; {who} of {verdict.world_size} missing"
-    return "\n".join([head, *_outcomes(verdict)])
-
-
-def waiting_blindly(mine: Record, rank: int, waited: float, error: Exception) -> str:
-    """Say that the store does not tell who is not here yet."""
-    return f"rank {rank} has waited {waited:.0f} s in scope {mine.scope!r}; the store does not say for whom: {error}"
+    return "\n".join([head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")])
 
 
 def _at(verdict: Verdict) -> str:
@@ -168,6 +177,32 @@ def _outcomes(verdict: Verdict) -> list[str]:
             told[rank] += f"; then {'; '.join(outcome.also)}"
     failed = {rank: str(o) for rank, o in _by_order(verdict.failures) if rank in verdict.missing}
     return _grouped(told, "arrived:") + _grouped(failed, "told:   ")
+
+
+def _places(verdict: Verdict, ranks: Iterable[int], title: str) -> list[str]:
+    lines: list[str] = []
+    nowhere = [rank for rank in ranks if rank not in verdict.where]
+    if nowhere:
+        lines.append(f"  {title}  {_numbers(nowhere)}")
+    for rank in list(ranks)[:MOST_RANKS]:
+        if rank in verdict.where:
+            place = verdict.where[rank]
+            lead = title if not lines else " " * len(title)
+            lines.append(f"  {lead}  {rank}  {_place(place)}")
+            lines += [f"              {line}" for line in place.frames.splitlines()]
+    return lines
+
+
+def _place(place: Place) -> str:
+    if place.state.startswith(("gone", "exited")):
+        return f"{place.process}, {place.state}"
+    state = f" ({place.state})" if place.state else ""
+    if place.phase:
+        return f"{place.process}, {place.phase} for {place.seconds:.1f} s{state}"
+    why = (
+        "" if place.state == "stopped" else "; its interpreter is held by native code, or the machine cannot be reached"
+    )
+    return f"{place.process}, no answer for {place.silence:.1f} s{state}{why}"
 
 
 def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:

@@ -11,8 +11,7 @@ import os
 import sys
 import time
 import traceback
-import unittest
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -21,23 +20,21 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
 import attrs
 
 from . import _report
+from ._barrier import HEARTBEAT_TIMEOUT_S
 from ._cleanups import Cleanup, CleanupStack, describe
+from ._deadline import Deadline
+from ._failures import Failures, errors_of
 from ._groups import alone, find_barrier, group_barrier, is_destroyed, synchronize_accelerator
-from ._outcome import OK, Outcome, Record, Verdict, message_of, one_line, shorten, type_name
-from .exceptions import (
-    BarrierTimeoutError,
-    CleanupMismatchError,
-    CollectiveScopeError,
-    PeerFailedError,
-    PeerLostError,
-    ScopeMismatchError,
-)
+from ._outcome import Record, Verdict, shorten, type_name
+from ._watcher import Mark, enter, here, leave
 
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from ._groups import AnyBarrier, GroupLike
+    from ._deadline import Deadline
+from ._groups import AnyBarrier, GroupLike
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,6 +55,8 @@ def collective_scope(
     cleanups: Iterable[Callable[[], object]] = (),
     timeout: Seconds | None = None,
     failure_timeout: Seconds | None = None,
+    heartbeat_timeout: Seconds | None = None,
+    deadline: Seconds | None = None,
     synchronize: bool = True,
     lockstep_gc: bool = False,
     group_barrier: bool = False,
@@ -101,6 +100,17 @@ def collective_scope(
         failure_timeout:
             Longest wait from the moment at which this rank knows that a rank
             failed; itself included. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
+
+        heartbeat_timeout:
+            A rank on another machine counts as lost when nothing was heard of
+            it for this long, in seconds; on this machine, the system tells.
+            Default: ``COLLECTIVE_SCOPE_HEARTBEAT_TIMEOUT``, or 30.
+
+        deadline:
+            Longest time from entry to exit, in seconds. When it runs out, each
+            rank that is still inside logs where everybody is; one that is not
+            at the barrier then writes its stacks to stderr and ends its process
+            with exit code 124. Default: none.
 
         synchronize: Whether to wait for the accelerator before the cleanups.
 
@@ -148,6 +158,8 @@ def collective_scope(
         given=tuple(cleanups),
         timeout=_seconds("timeout", timeout, TIMEOUT_S),
         failure_timeout=_seconds("failure_timeout", failure_timeout, FAILURE_TIMEOUT_S),
+        heartbeat_timeout=_seconds("heartbeat_timeout", heartbeat_timeout, HEARTBEAT_TIMEOUT_S),
+        deadline=None if deadline is None else _seconds("deadline", deadline, math.inf),
         synchronize=synchronize,
         lockstep_gc=lockstep_gc,
         group_barrier=group_barrier,
@@ -187,6 +199,8 @@ class CollectiveScope:
     _given: tuple[Callable[[], object], ...] = attrs.field(kw_only=True)
     _timeout: float = attrs.field(kw_only=True)
     _failure_timeout: float = attrs.field(kw_only=True)
+    _heartbeat_timeout: float = attrs.field(kw_only=True)
+    _deadline: float | None = attrs.field(kw_only=True)
     _synchronize: bool = attrs.field(kw_only=True)
     _lockstep_gc: bool = attrs.field(kw_only=True)
     _group_barrier: bool = attrs.field(kw_only=True)
@@ -202,14 +216,13 @@ class CollectiveScope:
     _parent: CollectiveScope | None = attrs.field(default=None, init=False)
     _told: BaseException | None = attrs.field(default=None, init=False)
     """What an inner scope raised; it is logged already."""
-    _body_error: BaseException | None = attrs.field(default=None, init=False)
-    _errors: list[tuple[str, BaseException]] = attrs.field(factory=list, init=False)
-    """What was raised on this rank, and in which phase, in order."""
-    _outcome: Outcome = attrs.field(default=OK, init=False)
-    _skipped: list[Cleanup] = attrs.field(factory=list, init=False)
+    _failures: Failures = attrs.field(init=False)
+    _mark: Mark = attrs.field(init=False)
+    _timer: Deadline | None = attrs.field(default=None, init=False)
     _gc_was_enabled: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._failures, self._mark = Failures(self.name), Mark(self.name)
         for fn in self._given:
             self._register(self._cleanups, fn, self._where)
 
@@ -328,7 +341,7 @@ class CollectiveScope:
         value = cm.__enter__()
 
         def leave() -> None:
-            error = self._body_error
+            error = self._failures.body
             cm.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
 
         self._register(self._cleanups, leave, _caller(), name=f"{type(cm).__qualname__}.__exit__")
@@ -405,8 +418,12 @@ class CollectiveScope:
             raise RuntimeError(msg)
         self._find_barrier()
         self._state = "in the body"
+        enter(self._mark)
+        if self._deadline is not None:
+            self._timer = Deadline(self._deadline, self._is_waiting, self._explain)
         if self._barrier is not None and not self._barrier.in_step:
             self._check_entry()
+        self._mark.set("in the body of")
         self._parent = _current.get()
         _current.set(self)
         if self._lockstep_gc:
@@ -419,7 +436,6 @@ class CollectiveScope:
     ) -> None:
         _current.set(self._parent)
         self._state = "in the teardown"
-        self._body_error = body_error
         error_of_scope: BaseException | None = None
         try:
             if body_error is not None:
@@ -427,24 +443,30 @@ class CollectiveScope:
                 if self._barrier is not None:
                     self._barrier.publish(self._record("exit"))
             self._tear_down()
-            error_of_scope = self._conclude()
+            error_of_scope = self._failures.surface(self.verdict, self._barrier.rank if self._barrier else 0)
         finally:
             if self._gc_was_enabled:
                 gc.enable()
-            self._state = "left"
+            self._end()
             if self._parent is not None:
-                self._parent._told = error_of_scope if error_of_scope is not None else body_error  # noqa: SLF001
+                self._parent._told = error_of_scope  # noqa: SLF001
             # Last of all: freeing these may run destructors that the peers take part in.
             for each in (self._cleanups, self._after):
                 each.release()
             self._held.clear()
-            self._errors.clear()
-            self._body_error = self._told = self._parent = self._barrier = self._kept = None
-        if error_of_scope is not None:
+            self._failures.clear()
+            self._told = self._parent = self._barrier = self._kept = None
+        if error_of_scope is not None and error_of_scope is not body_error:
             try:
                 raise error_of_scope
             finally:
                 del error_of_scope  # this frame is in its traceback: no cycle
+
+    def _end(self) -> None:
+        self._state = "left"
+        leave(self._mark)
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _find_barrier(self) -> None:
         found = find_barrier(self._group)
@@ -452,6 +474,7 @@ class CollectiveScope:
             self._barrier, self._kept = found
             self._sequence = self._barrier.scopes
             self._barrier.scopes += 1
+            self._barrier.greet()
             if self._group_barrier and self._barrier.world_size > 1:
                 # At the bottom of the stack: the last collective thing that the ranks agree on.
                 bottom = Cleanup(self._wait_for_group, "dist.barrier of the group", self._where, collective=True)
@@ -463,15 +486,15 @@ class CollectiveScope:
         refusal: BaseException | None
         try:
             self.verdict = self._arrive("entry")
-            refusal = None if self.verdict.complete else self._peer_errors(self.verdict)[0]
+            refusal = None if self.verdict.complete else errors_of(self.verdict, self._barrier.rank)[0]
         except BaseException as interrupt:
             refusal = interrupt
         if refusal is not None:
             # The body never starts, but what was given to the scope is cleaned up.
             self._state = "in the teardown"
             self._run_rest()
-            self._state = "left"
-            self._attach(refusal, self._errors)
+            self._end()
+            self._failures.attach(refusal)
             raise refusal
 
     # The teardown, in the order in which things happen.
@@ -529,41 +552,40 @@ class CollectiveScope:
 
     def _run_or_skip(self, cleanup: Cleanup) -> None:
         if cleanup.collective:
-            self._skipped.append(cleanup)
+            self._failures.skipped.append(cleanup)
         else:
             self._run(cleanup)
 
     def _run(self, cleanup: Cleanup, kind: str = "cleanup") -> None:
-        self._guard(f"{kind} {cleanup.name!r}", cleanup.call)
+        self._guard(f"{kind} {cleanup.name!r}", cleanup.call, f" (registered at {cleanup.where})")
 
-    def _guard(self, phase: str, call: Callable[[], object]) -> None:
+    def _guard(self, phase: str, call: Callable[[], object], place: str = "") -> None:
         """Call; keep what it raises, a KeyboardInterrupt included, so that what comes next is reached."""
+        self._mark.set(f"in {phase}{place} of")
         try:
             call()
         except BaseException as error:
             self._fail(phase, error)
 
     def _fail(self, phase: str, error: BaseException) -> None:
-        """Note that *error* was raised here, and log it before anybody is waited for."""
-        self._errors.append((phase, error))
-        if self._outcome.ok:
-            self._outcome = Outcome.of(error, phase)
-        else:
-            line = f"{phase}: {one_line(type_name(error), message_of(error))}"
-            self._outcome = attrs.evolve(self._outcome, also=(*self._outcome.also, line))
-        if error is not self._told:
-            rank, world_size = (self._barrier.rank, self._barrier.world_size) if self._barrier else (0, 1)
-            level = logging.INFO if _is_skip(error) else logging.ERROR
-            logger.log(level, "%s", _report.failed_here(rank, world_size, self.name, phase), exc_info=error)
+        rank, world_size = (self._barrier.rank, self._barrier.world_size) if self._barrier else (0, 1)
+        # What an inner scope raised is in the log already.
+        self._failures.add(phase, error, rank=rank, world_size=world_size, log=error is not self._told)
 
     def _arrive(self, stage: str) -> Verdict:
         assert self._barrier is not None  # noqa: S101  (for the type checker)
         marks = tuple((key, self._fingerprint(key, c)) for key, c in self._cleanups.collective().items())
+        self._mark.set(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
         record = self._record(stage, () if stage == "entry" else marks)
-        return self._barrier.arrive(record, timeout=self._timeout, failure_timeout=self._failure_timeout)
+        return self._barrier.arrive(
+            record,
+            timeout=min(self._timeout, max(0.0, self._timer.at - time.monotonic())) if self._timer else self._timeout,
+            failure_timeout=self._failure_timeout,
+            heartbeat_timeout=self._heartbeat_timeout,
+        )
 
     def _record(self, stage: str, cleanups: tuple[tuple[str, str], ...] = ()) -> Record:
-        return Record(0, stage, self.name, self._sequence, self._outcome, cleanups)
+        return Record(0, stage, self.name, self._sequence, self._failures.outcome, cleanups)
 
     def _fingerprint(self, key: str, cleanup: Cleanup) -> str:
         if cleanup.fingerprint is None:
@@ -575,7 +597,7 @@ class CollectiveScope:
             return f"raised {type_name(error)}"
 
     def _collect(self) -> None:
-        error = self._body_error
+        error = self._failures.body
         while error is not None:
             # While __exit__ runs, the exception in flight keeps the locals of the
             # failed frames alive, on the failing rank only.
@@ -597,62 +619,14 @@ class CollectiveScope:
             time.sleep(pause)
             pause = min(0.05, 2 * pause)
 
-    # What surfaces.
+    # For the thread that watches the deadline.
 
-    def _conclude(self) -> BaseException | None:
-        """Choose what to raise and attach the rest to it; None to let the body's own exception pass."""
-        peer_errors = self._peer_errors(self.verdict) if self.verdict is not None else []
-        body = self._body_error
-        here = [error for _, error in self._errors]
-        interrupt = next((e for e in here if e is not body and isinstance(e, KeyboardInterrupt | SystemExit)), None)
-        primary: BaseException
-        if interrupt is not None and not isinstance(body, KeyboardInterrupt | SystemExit):
-            primary = interrupt
-        elif body is not None:
-            primary = body
-        elif len(here) > 1:
-            primary = BaseExceptionGroup(f"{len(here)} cleanups of scope {self.name!r} failed", here)
-        elif here or peer_errors:
-            primary = (here or peer_errors)[0]
-        else:
-            return None
-        members = here if isinstance(primary, BaseExceptionGroup) and primary is not body else []
-        rest = [(phase, e) for phase, e in self._errors if e is not primary and e not in members]
-        rest += [("at the barrier", error) for error in peer_errors if error is not primary]
-        self._attach(primary, rest)
-        return None if primary is body else primary
+    def _is_waiting(self) -> bool:
+        return self._mark.phase.startswith("at the ")
 
-    def _attach(self, primary: BaseException, rest: Sequence[tuple[str, BaseException]]) -> None:
-        texts = [_report.attached(error, phase) for phase, error in rest]
-        if self._skipped:
-            texts.append(_report.skipped(self._skipped))
-        try:
-            for text in texts:
-                primary.add_note(text)
-            if rest:
-                primary.collective_scope_errors = tuple(error for _, error in rest)  # type: ignore[attr-defined]
-        except (AttributeError, TypeError) as refused:
-            # An exception class may forbid attributes; then the log has what the notes would say.
-            logger.error("scope %r: %s\n%s", self.name, refused, "\n".join(texts))  # noqa: TRY400
-
-    def _peer_errors(self, verdict: Verdict) -> list[CollectiveScopeError]:
-        """Return what the verdict means for this rank, the most important first."""
-        me = self._barrier.rank if self._barrier is not None else 0
-        errors: list[CollectiveScopeError] = []
-        if verdict.names:
-            errors.append(ScopeMismatchError(_report.scopes_differ(verdict), verdict))
-        if verdict.lost:
-            errors.append(PeerLostError(_report.lost(verdict), verdict))
-        elif verdict.missing:
-            errors.append(BarrierTimeoutError(_report.missing(verdict), verdict))
-        others = {rank: outcome for rank, outcome in verdict.failures.items() if rank != me}
-        mine = verdict.failures.get(me)
-        # On a rank that failed itself, only an earlier failure is news: it may be the cause.
-        if others and (mine is None or min(o.order or math.inf for o in others.values()) < (mine.order or math.inf)):
-            errors.append(PeerFailedError(_report.peers_failed(verdict), verdict))
-        if verdict.cleanups:
-            errors.append(CleanupMismatchError(_report.cleanups_differ(verdict), verdict))
-        return errors
+    def _explain(self) -> str:
+        places = self._barrier.survey(self._record("exit")) if self._barrier else {}
+        return _report.deadline(self.name, self._deadline or 0.0, here(), places)
 
 
 def _caller() -> str:
@@ -677,8 +651,3 @@ def _seconds(parameter: str, value: Seconds | None, default: float) -> float:
         msg = f"{source} must be positive and finite (got {given!r})"
         raise ValueError(msg)
     return seconds
-
-
-def _is_skip(error: BaseException) -> bool:
-    # pytest.skip.Exception, without importing pytest.
-    return isinstance(error, unittest.SkipTest) or type(error).__name__ == "Skipped"

@@ -164,5 +164,20 @@ def _stop_all() -> None:
         each._thread.join(max(0.0, deadline - time.monotonic()))  # noqa: SLF001
 
 
+ABSENT = "?"
+"""What `peek` gets for a key that is not there; no key has this value."""
+
+
+def set_first(store: Store, key: str, value: str) -> str:
+    """Write *value* unless *key* is there; return what is there."""
+    return store.compare_set(key, "", value).decode()
+
+
+def peek(store: Store, key: str) -> str:
+    """Read *key* without waiting for it, in one call; `ABSENT` if it is not there."""
+    # A compare_set that cannot match returns the present value, or what was expected.
+    return store.compare_set(key, ABSENT, ABSENT).decode()
+
+
 def _nobody(message: Any) -> None:
     """Take what a job tells that nobody waits for."""

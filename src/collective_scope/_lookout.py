@@ -1,0 +1,172 @@
+"""
+What is done while a rank waits: look for peers that are gone, warn, and end the wait at its deadline.
+
+Runs on a `StoreThread` of its own, beside the one that waits in the store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+
+from . import _report
+from ._outcome import Record, Verdict, judge
+from ._process import Place, Process
+from ._protocol import Protocol
+from ._store_thread import ABSENT, Tell, peek
+from ._watcher import view
+
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+logger = logging.getLogger("collective_scope")
+
+CHECK_S = 0.25
+"""How long a rank waits before anything is looked for, and how often then."""
+
+ASK_S = 1.0
+"""How long before the deadline missing ranks are asked where they are."""
+
+ANSWER_S = 0.5
+"""How long an answer that is due is waited for."""
+
+LINGER_S = 5.0
+"""How long the rank that hosts the store waits for peers to confirm that they have read the verdict."""
+
+WARNINGS_S = (10.0, 30.0, 60.0, 120.0)
+"""When a waiting rank logs who is missing; then again every `WARNINGS_S[-1]` seconds."""
+
+
+@attrs.define(eq=False)
+class Lookout:
+    """
+    One wait of one rank.
+
+    Args:
+        protocol: This rank's part in the rounds.
+        mine: What this rank told in the round that it waits for.
+        start: When it arrived, on the monotonic clock.
+        deadline: When the wait ends, on the same clock; may be moved while it runs.
+        heartbeat_timeout: Seconds without a heartbeat after which a rank on another machine counts as lost.
+    """
+
+    protocol: Protocol
+    mine: Record
+    start: float
+    deadline: float
+    heartbeat_timeout: float
+    read: list[tuple[Verdict, float]] = attrs.field(factory=list, init=False)
+    """The verdict and when it was read, if this rank hosts the store and peers have not confirmed yet."""
+    stop: threading.Event = attrs.field(factory=threading.Event, init=False)
+    _records: dict[int, Record] = attrs.field(factory=dict, init=False)
+    _beats: dict[int, tuple[str, float]] = attrs.field(factory=dict, init=False)
+    _asked: dict[int, int] = attrs.field(factory=dict, init=False)
+    _asked_at: float = attrs.field(default=0.0, init=False)
+
+    def run(self, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
+        """Look out until `stop` is set, or the wait is over."""
+        warnings = _times(self.start)
+        warn_at = next(warnings)
+        while not self.stop.is_set():
+            now = time.monotonic()
+            if self.read:
+                if now >= self.read[0][1] + LINGER_S:
+                    store.set(f"{self.mine.round}/empty", "")
+                    return
+            elif self._look(store, now):
+                return
+            elif now >= warn_at:
+                warn_at = next(warnings)
+                where = self._locate(store, self._missing())
+                verdict = judge(self._records, self.mine, self.protocol.world_size, where=where)
+                logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
+            self.stop.wait(max(0.0, min(CHECK_S, self.deadline - now)))
+
+    def survey(self, store: Store, tell: Tell) -> dict[int, Place]:  # noqa: ARG002  (a job's signature)
+        """Return where all other ranks are, whether or not they have arrived."""
+        others = [rank for rank in range(self.protocol.world_size) if rank != self.protocol.rank]
+        self._records = self.protocol.records(store, others)
+        return self._locate(store, others)
+
+    def _look(self, store: Store, now: float) -> bool:
+        """Refresh what is known of missing ranks; end the wait if there is a reason. Return whether there was."""
+        missing = self._missing()
+        self._records |= self.protocol.records(store, missing)
+        missing = self._missing()
+        lost = [rank for rank in missing if self._is_lost(store, rank, now)]
+        if not lost and now < self.deadline:
+            if now >= self.deadline - ASK_S and not self._asked:
+                self._ask(store, missing)
+            return False
+        where = self._locate(store, missing)
+        for rank, place in where.items():
+            if place.stacks:
+                logger.warning("%s", _report.stacks(rank, place))
+        self.protocol.close(self.mine, store, waited=now - self.start, lost=tuple(lost), where=where)
+        return True
+
+    def _missing(self) -> list[int]:
+        t = self.mine.round
+        seen = {rank for rank, record in self._records.items() if record.round == t and record.arrived}
+        return [rank for rank in range(self.protocol.world_size) if rank not in seen]
+
+    def _process(self, rank: int) -> Process | None:
+        return self._records[rank].process if rank in self._records else None
+
+    def _is_lost(self, store: Store, rank: int, now: float) -> bool:
+        process = self._process(rank)
+        if process is None:
+            return False
+        if process.is_here:
+            return process.has_ended
+        beat = peek(view(store), f"{process.key}/beat")
+        if beat != self._beats.get(rank, ("", 0.0))[0]:
+            self._beats[rank] = (beat, now)
+        return now - self._beats[rank][1] > self.heartbeat_timeout
+
+    def _ask(self, store: Store, ranks: Iterable[int]) -> None:
+        """Ask the watchers of *ranks* where they are."""
+        self._asked_at = time.monotonic()
+        for rank in ranks:
+            process = self._process(rank)
+            if process is not None and not (process.is_here and process.has_ended):
+                self._asked[rank] = view(store).add(f"{process.key}/asked", 1)
+
+    def _locate(self, store: Store, ranks: Iterable[int]) -> dict[int, Place]:
+        """Return where *ranks* are, by their own account or, failing that, by the system's."""
+        if not self._asked:
+            self._ask(store, ranks)
+        start = time.monotonic()
+        places: dict[int, Place] = {}
+        while True:
+            for rank in self._asked.keys() - places.keys():
+                answer = peek(view(store), f"{self._records[rank].process.key}/answer")
+                number, fields = (0, {}) if answer == ABSENT else json.loads(answer)
+                if number >= self._asked[rank]:
+                    places[rank] = Place.of(fields)
+            if len(places) == len(self._asked) or time.monotonic() > start + ANSWER_S:
+                break
+            self.stop.wait(0.02)
+        self._asked.clear()
+        for rank in ranks:
+            process = self._process(rank)
+            if process is None:
+                continue
+            since = self._beats.get(rank, ("", self._asked_at))[1]
+            place = places.get(rank) or Place(process, silence=time.monotonic() - min(self._asked_at, since))
+            places[rank] = attrs.evolve(place, state=process.state())
+        return places
+
+
+def _times(start: float) -> Iterator[float]:
+    yield from (start + after for after in WARNINGS_S)
+    while True:
+        start += WARNINGS_S[-1]
+        yield start + WARNINGS_S[-1]

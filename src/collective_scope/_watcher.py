@@ -1,0 +1,218 @@
+"""
+The thread that answers for this process while its main thread cannot.
+
+One per process and store, with a client connection of its own. It shows a
+heartbeat, and when a peer asks, it tells where this process is: in which
+scope, in which phase and for how long, and all Python stacks. It works while
+the main thread is blocked in native code that has released the GIL.
+
+Keys, under ``collective_scope/watch`` at the root of the store:
+
+``{process}/beat``: a number that grows; ``{process}/asked``: how often peers
+have asked; ``{process}/answer``: the latest `Place` as JSON, with that number;
+``server``, ``closing``: set by the process that hosts the store, when it comes
+and before it goes; ``started``, ``stopped``: how many watchers there are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+
+from ._process import NOBODY, Place, Process, me
+from ._store_thread import ABSENT, peek
+
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from torch.distributed import Store
+
+logger = logging.getLogger("collective_scope")
+
+POLL_S = 0.2
+"""How often a watcher looks whether it is asked; a quarter of a millisecond of work."""
+
+BEAT_S = 1.0
+
+CLOSING_S = 0.5
+"""How long the process that hosts the store waits for the watchers of others to stop."""
+
+MOST_FRAMES = 3
+"""Frames of the main thread that a message shows."""
+
+_HERE = str(Path(__file__).parent)
+_STDLIB = str(Path(os.__file__).parent)
+
+
+@attrs.define(eq=False)
+class Mark:
+    """What a scope keeps up to date for the watcher: where its rank is."""
+
+    scope: str
+    phase: str = ""
+    since: float = 0.0
+
+    def set(self, phase: str) -> None:
+        """Note that the rank goes into *phase* now."""
+        self.phase, self.since = phase, time.monotonic()
+
+
+marks: list[Mark] = []
+"""The scopes of this process that have been entered and not left, outermost first."""
+
+_left: list[Mark] = []
+"""The scope that was left last."""
+
+
+def enter(mark: Mark) -> None:
+    """Note that a scope is entered."""
+    marks.append(mark)
+
+
+def leave(mark: Mark) -> None:
+    """Note that a scope has been left."""
+    marks.remove(mark)
+    _left[:] = [mark]
+    mark.set("after")
+
+
+def here() -> Place:
+    """Describe where this process is."""
+    mark = marks[-1] if marks else _left[0] if _left else None
+    frames = sys._current_frames()  # noqa: SLF001  (documented, for this purpose)
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    stacks = [
+        f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sorted(frames.items(), key=lambda item: item[0] != main)
+        if not names.get(ident, "").startswith("collective_scope-")
+    ]
+    return Place(
+        process=me(),
+        phase=f"{mark.phase} scope {mark.scope!r}" if mark else "outside of any scope",
+        seconds=time.monotonic() - mark.since if mark else 0.0,
+        frames=_innermost(frames.get(main)) if main is not None else "",
+        stacks="\n".join(stacks),
+    )
+
+
+def _innermost(frame: FrameType | None) -> str:
+    summary = [each for each in traceback.extract_stack(frame) if not each.filename.startswith(_HERE)]
+    # The wrappers of torch and of the standard library say less than the line that called them.
+    users = [
+        each
+        for each in summary
+        if f"{os.sep}torch{os.sep}" not in each.filename
+        and not each.filename.startswith("<")
+        and (not each.filename.startswith(_STDLIB) or "site-packages" in each.filename)
+    ]
+    return "".join(traceback.format_list((users or summary)[-MOST_FRAMES:]))
+
+
+class Watcher:
+    """
+    Answers for this process over one store.
+
+    Args:
+        connect: Returns a client of the store, without prefix, for use on one thread.
+        hosted: The store object, if this process hosts its server: it must outlast the watchers of others.
+    """
+
+    def __init__(self, connect: Callable[[], Store], hosted: object = None) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_watch, args=(connect, hosted, self._stop), name="collective_scope-watcher", daemon=True
+        )
+        self._thread.start()
+
+        _running.add(self)
+
+    def stop(self) -> None:
+        """Let the thread end, without waiting for it."""
+        self._stop.set()
+
+    __del__ = stop
+
+    def join(self, timeout: float) -> None:
+        """Wait until the thread has ended, at most *timeout* seconds."""
+        self._thread.join(timeout)
+
+
+_running: weakref.WeakSet[Watcher] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End the threads before the interpreter ends, for the reason given in ``_store_thread``."""
+    watchers = list(_running)
+    for each in watchers:
+        each.stop()
+    for each in watchers:
+        each.join(2 * CLOSING_S)
+
+
+def _watch(connect: Callable[[], Store], hosted: object, stop: threading.Event) -> None:
+    try:
+        store = view(connect())
+        if hosted is not None:
+            store.set("server", json.dumps(attrs.astuple(me())))
+        _answer(store, stop, is_server=hosted is not None)
+    except RuntimeError as error:  # torch's store errors: the store is gone
+        logger.debug("the watcher ends: %s", error)
+
+
+def _answer(store: Store, stop: threading.Event, *, is_server: bool) -> None:
+    server = NOBODY
+    closing = peek(store, "closing")
+    store.add("started", 1)
+    key, asked, beats, next_beat = me().key, ABSENT, 0, 0.0
+    # Once the process that hosts the store has ended, a call would fail, and torch would print a page about it.
+    while not stop.wait(POLL_S) and not server.has_ended:
+        if time.monotonic() >= next_beat:
+            beats, next_beat = beats + 1, time.monotonic() + BEAT_S
+            store.set(f"{key}/beat", str(beats))
+        now_asked = peek(store, f"{key}/asked")
+        if now_asked != asked:
+            asked = now_asked
+            store.set(f"{key}/answer", json.dumps([int(asked), attrs.asdict(here())]))
+        if server is NOBODY and (text := peek(store, "server")) != ABSENT:
+            server = Process(*json.loads(text))
+        if peek(store, "closing") != closing:
+            break
+    if not server.has_ended:
+        _leave_store(store, key, is_server=is_server)
+
+
+def _leave_store(store: Store, key: str, *, is_server: bool) -> None:
+    for name in ("beat", "asked", "answer"):
+        store.delete_key(f"{key}/{name}")
+    stopped = store.add("stopped", 1)
+    if is_server:
+        # The watchers of others stop before the store goes.
+        store.set("closing", f"{key} {time.monotonic()}")
+        deadline = time.monotonic() + CLOSING_S
+        while stopped < store.add("started", 0) and time.monotonic() < deadline:
+            time.sleep(POLL_S / 10)
+            stopped = store.add("stopped", 0)
+
+
+def view(store: Store) -> Store:
+    """Return the watchers' part of a store, which is the same for all groups."""
+    from torch.distributed import PrefixStore  # noqa: PLC0415
+
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return PrefixStore("collective_scope/watch", store)
