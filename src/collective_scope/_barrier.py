@@ -95,11 +95,11 @@ class Barrier:
             verdict = self._await(lookout, failure_timeout)
         except BaseException as interrupt:
             # A signal. The peers must not be told later that this rank left in peace.
-            lookout.stop.set()
+            lookout.over = True
             self.in_step = self._stop_waiting(mine, interrupt).complete
             raise
         finally:
-            lookout.stop.set()
+            lookout.over = True
         self.in_step = verdict.complete
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 

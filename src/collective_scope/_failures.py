@@ -59,7 +59,10 @@ class Failures:
             self.outcome = attrs.evolve(self.outcome, also=(*self.outcome.also, line))
         if log:
             level = logging.INFO if _is_skip(error) else logging.ERROR
-            logger.log(level, "%s", _report.failed_here(rank, world_size, self.scope, phase), exc_info=error)
+            try:
+                logger.log(level, "%s", _report.failed_here(rank, world_size, self.scope, phase), exc_info=error)
+            except Exception as broken:  # a handler that raises must not keep the peers waiting
+                self._raised.append(("logging", broken))
 
     def surface(self, verdict: Verdict | None, rank: int) -> BaseException | None:
         """

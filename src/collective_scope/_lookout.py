@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -37,6 +36,8 @@ ASK_S = 1.0
 ANSWER_S = 0.5
 """How long an answer that is due is waited for."""
 
+PAUSE_S = 0.02
+
 LINGER_S = 5.0
 """How long the rank that hosts the store waits for peers to confirm that they have read the verdict."""
 
@@ -64,17 +65,18 @@ class Lookout:
     heartbeat_timeout: float
     read: list[tuple[Verdict, float]] = attrs.field(factory=list, init=False)
     """The verdict and when it was read, if this rank hosts the store and peers have not confirmed yet."""
-    stop: threading.Event = attrs.field(factory=threading.Event, init=False)
+    over: bool = attrs.field(default=False, init=False)
+    """Set by the waiting thread when it waits no more."""
     _records: dict[int, Record] = attrs.field(factory=dict, init=False)
     _beats: dict[int, tuple[str, float]] = attrs.field(factory=dict, init=False)
     _asked: dict[int, int] = attrs.field(factory=dict, init=False)
     _asked_at: float = attrs.field(default=0.0, init=False)
 
     def run(self, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
-        """Look out until `stop` is set, or the wait is over."""
+        """Look out until the wait is over."""
         warnings = _times(self.start)
         warn_at = next(warnings)
-        while not self.stop.is_set():
+        while not self.over:
             now = time.monotonic()
             if self.read:
                 if now >= self.read[0][1] + LINGER_S:
@@ -87,7 +89,12 @@ class Lookout:
                 where = self._locate(store, self._missing())
                 verdict = judge(self._records, self.mine, self.protocol.world_size, where=where)
                 logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
-            self.stop.wait(max(0.0, min(CHECK_S, self.deadline - now)))
+            self._pause(max(0.0, min(CHECK_S, self.deadline - now)))
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self.over and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, PAUSE_S))  # an Event would cost every exit more than this wakes up
 
     def survey(self, store: Store, tell: Tell) -> dict[int, Place]:  # noqa: ARG002  (a job's signature)
         """Return where all other ranks are, whether or not they have arrived."""
@@ -153,7 +160,7 @@ class Lookout:
                     places[rank] = Place.of(fields)
             if len(places) == len(self._asked) or time.monotonic() > start + ANSWER_S:
                 break
-            self.stop.wait(0.02)
+            self._pause(PAUSE_S)
         self._asked.clear()
         for rank in ranks:
             process = self._process(rank)

@@ -180,7 +180,7 @@ def current_scope() -> CollectiveScope:
     return scope
 
 
-@attrs.define(eq=False, repr=False, on_setattr=[])
+@attrs.define(eq=False, repr=False, on_setattr=attrs.setters.NO_OP)
 class CollectiveScope:
     """
     What `collective_scope` returns. Guards one ``with`` block, or any number of calls of a function.
@@ -597,12 +597,15 @@ class CollectiveScope:
             return f"raised {type_name(error)}"
 
     def _collect(self) -> None:
-        error = self._failures.body
-        while error is not None:
-            # While __exit__ runs, the exception in flight keeps the locals of the
-            # failed frames alive, on the failing rank only.
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
+        # While __exit__ runs, the exception in flight keeps the locals of the failed
+        # frames alive, on the failing rank only.
+        chain, seen = [self._failures.body], set()
+        while chain:
+            error = chain.pop()
+            if error is not None and id(error) not in seen:
+                seen.add(id(error))
+                traceback.clear_frames(error.__traceback__)
+                chain += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
         gc.collect()
 
     def _wait_for_group(self) -> None:
