@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 import unittest
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -61,8 +62,9 @@ class Failures:
             level = logging.INFO if _is_skip(error) else logging.ERROR
             try:
                 logger.log(level, "%s", _report.failed_here(rank, world_size, self.scope, phase), exc_info=error)
-            except Exception as broken:  # a handler that raises must not keep the peers waiting
-                self._raised.append(("logging", broken))
+            except Exception:
+                # A handler that raises must not keep the peers waiting. logging itself would print this.
+                traceback.print_exc()
 
     def surface(self, verdict: Verdict | None, rank: int) -> BaseException | None:
         """
