@@ -18,6 +18,8 @@ General layout, each module importing only from those below it:
 
 from __future__ import annotations
 
+from typing import get_type_hints as _get_type_hints
+
 from . import exceptions
 from ._outcome import Outcome, Verdict
 from ._scope import CollectiveScope, collective_scope, current_scope
@@ -47,5 +49,7 @@ __all__ = [
 ]
 
 for _public in (CollectiveScope, Outcome, Verdict, collective_scope, current_scope):
+    # get_type_hints() looks names up in the module, so they are looked up before that changes.
+    _public.__annotations__ = _get_type_hints(_public)
     # Messages and reprs show where users import from.
     _public.__module__ = __name__

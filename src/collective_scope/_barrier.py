@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from . import _report
-from ._lookout import CHECK_S, LINGER_S, Lookout
+from ._lookout import CHECK_S, LINGER_S, Lookout, warning_times
 from ._outcome import Outcome, Record, Verdict, judge
 from ._process import Place, me
 from ._protocol import Protocol
@@ -146,34 +146,35 @@ class Barrier:
 
     def _await(self, lookout: Lookout, failure_timeout: float) -> Verdict:
         replies = self._ask(functools.partial(self._protocol.attend, lookout.mine, lookout.read))
-        looking = False
-        while True:
-            # The lookout ends the wait; these bounds hold when the store keeps it from doing so.
-            if not looking:
-                limit = lookout.start + CHECK_S
-            elif lookout.read:
-                limit = lookout.read[0][1] + LINGER_S + GRACE_S
-            else:
-                limit = lookout.deadline + GRACE_S
-            try:
-                reply = replies.get(timeout=max(0.0, limit - time.monotonic()))
-            except Empty:
-                if looking and not (lookout.read and limit < lookout.read[0][1] + LINGER_S):
-                    self._helper = None
-                    return self._without_store(lookout, TimeoutError())
-                if not looking:
-                    self._helper = self._helper or self._new_thread()
-                    self._helper.submit(lookout.run)
-                    looking = True
-                continue
-            if isinstance(reply, Done):
-                return cast("Verdict", reply.value)
-            if isinstance(reply, Failed):
-                if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
-                    raise reply.error
-                return self._without_store(lookout, reply.error)
-            # A peer has failed.
-            lookout.deadline = min(lookout.deadline, time.monotonic() + failure_timeout)
+        reply = _get(replies, lookout.start + CHECK_S)
+        if not isinstance(reply, Done | Failed):
+            self._helper = self._helper or self._new_thread()
+            self._helper.submit(lookout.run)
+        warnings = warning_times(lookout.start)
+        warn_at = next(warnings)
+        while not isinstance(reply, Done | Failed):
+            if reply is not None:  # a peer has failed
+                lookout.deadline = min(lookout.deadline, time.monotonic() + failure_timeout)
+            elif time.monotonic() >= warn_at:
+                self._warn_if_blind(lookout, warn_at)
+                warn_at = next(warnings)
+            # The lookout ends the wait; this bound holds when the store keeps it from doing so.
+            limit = (lookout.read[0][1] + LINGER_S if lookout.read else lookout.deadline) + GRACE_S
+            if time.monotonic() > limit:
+                self._helper = None
+                return self._without_store(lookout, TimeoutError())
+            reply = _get(replies, min(limit, warn_at))
+        if isinstance(reply, Done):
+            return cast("Verdict", reply.value)
+        if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
+            raise reply.error
+        return self._without_store(lookout, reply.error)
+
+    def _warn_if_blind(self, lookout: Lookout, at: float) -> None:
+        # As long as the store answers, the lookout warns, and names names.
+        if at > lookout.looked_at + GRACE_S:
+            waited = time.monotonic() - lookout.start
+            logger.warning("%s", _report.waiting_blindly(lookout.mine.scope, self.rank, waited))
 
     def _without_store(self, lookout: Lookout, error: Exception) -> Verdict:
         self._thread = None
@@ -214,3 +215,11 @@ class Barrier:
             timeout=waited,
             reason=_report.store_trouble(self.server, waited, error if gone else None),
         )
+
+
+def _get(replies: SimpleQueue[Any], until: float) -> Any:
+    """Return the next reply, or None if there is none until then, on the monotonic clock."""
+    try:
+        return replies.get(timeout=max(0.0, until - time.monotonic()))
+    except Empty:
+        return None

@@ -71,11 +71,12 @@ class CleanupStack:
         occur, counted from the one registered first.
         """
         named: dict[str, Cleanup] = {}
-        seen: dict[str, int] = {}
         for cleanup in self._waiting:
             if cleanup.collective:
-                seen[cleanup.name] = count = seen.get(cleanup.name, 0) + 1
-                key = cleanup.name if count == 1 else f"{cleanup.name} #{count}"
+                key, count = cleanup.name, 1
+                while key in named:
+                    count += 1
+                    key = f"{cleanup.name} #{count}"
                 named[key] = cleanup
         return dict(reversed(named.items()))
 

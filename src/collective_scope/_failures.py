@@ -103,10 +103,12 @@ class Failures:
             for text in texts:
                 primary.add_note(text)
             if rest:
-                primary.collective_scope_errors = tuple(error for _, error in rest)  # type: ignore[attr-defined]
-        except (AttributeError, TypeError) as refused:
+                earlier = getattr(primary, "collective_scope_errors", ())  # of an inner scope
+                errors = (*earlier, *(error for _, error in rest))
+                primary.collective_scope_errors = errors  # type: ignore[attr-defined]
+        except Exception as refused:
             # An exception class may forbid attributes; then the log has what the notes would say.
-            logger.error("scope %r: %s\n%s", self.scope, refused, "\n".join(texts))  # noqa: TRY400
+            logger.error("scope %r: %s\n%s", self.scope, message_of(refused), "\n".join(texts))  # noqa: TRY400
 
     def clear(self) -> None:
         """Drop all references: an exception refers to frames, and they to this object."""

@@ -22,7 +22,6 @@ from ._watcher import Watcher
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 @runtime_checkable
@@ -41,8 +40,8 @@ class Communicator(Protocol):
         """Wait for all ranks."""
 
 
-Group: TypeAlias = "ProcessGroup | DeviceMesh | GroupCoordinator | Communicator | int | None"
-GroupLike: TypeAlias = "Group | Callable[[], Group]"
+Group: TypeAlias = dist.ProcessGroup | dist.DeviceMesh | GroupCoordinator | Communicator | int | None
+GroupLike: TypeAlias = Group | Callable[[], Group]
 AnyBarrier: TypeAlias = Barrier | PlainBarrier
 
 ACCEPTED = (

@@ -67,6 +67,8 @@ class Lookout:
     """The verdict and when it was read, if this rank hosts the store and peers have not confirmed yet."""
     over: bool = attrs.field(default=False, init=False)
     """Set by the waiting thread when it waits no more."""
+    looked_at: float = attrs.field(default=0.0, init=False)
+    """When the store was last heard of."""
     _records: dict[int, Record] = attrs.field(factory=dict, init=False)
     _beats: dict[int, tuple[str, float]] = attrs.field(factory=dict, init=False)
     _asked: dict[int, int] = attrs.field(factory=dict, init=False)
@@ -74,10 +76,10 @@ class Lookout:
 
     def run(self, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
         """Look out until the wait is over."""
-        warnings = _times(self.start)
+        warnings = warning_times(self.start)
         warn_at = next(warnings)
         while not self.over:
-            now = time.monotonic()
+            self.looked_at = now = time.monotonic()
             if self.read:
                 if now >= self.read[0][1] + LINGER_S:
                     store.set(f"{self.mine.round}/empty", "")
@@ -172,7 +174,7 @@ class Lookout:
         return places
 
 
-def _times(start: float) -> Iterator[float]:
+def warning_times(start: float) -> Iterator[float]:
     yield from (start + after for after in WARNINGS_S)
     while True:
         start += WARNINGS_S[-1]

@@ -22,7 +22,7 @@ MESSAGE_LIMIT = 16_384
 """Characters of an exception's message that travel."""
 
 TRACEBACK_LIMIT = 65_536
-"""Characters of a traceback that travel; the end is kept."""
+"""Characters of a traceback that travel."""
 
 
 def _strings(values: Iterable[str]) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ class Outcome:
 
         message: ``str()`` of the exception; long ones lose their middle.
 
-        traceback: Formatted traceback, notes and causes included.
+        traceback: Formatted traceback, notes and causes included; long ones lose their middle.
 
         order:
             Place in the order in which the ranks' failures were published,
@@ -79,7 +79,7 @@ class Outcome:
             phase=phase,
             type_name=type_name(exc),
             message=shorten(message_of(exc), MESSAGE_LIMIT),
-            traceback=text[-TRACEBACK_LIMIT:],
+            traceback=shorten(text, TRACEBACK_LIMIT),
             order=order,
         )
 

@@ -48,13 +48,16 @@ class PlainBarrier:
         start = time.monotonic()
         limit = timeout if mine.outcome.ok else min(timeout, failure_timeout)
         self.in_step = False
-        if self._entered is not None and not self._left(limit):  # still in the barrier of an earlier scope
+        # The barrier of an earlier scope may still hold the thread. When it opens, all have left that
+        # scope; and each rank must go through as many of them as its peers, so at an entry that is all.
+        if self._entered is not None and not self._left(limit):
             return self._timed_out(mine, time.monotonic() - start)
-        if self._thread is None:
-            self._thread = StoreThread(lambda: None)  # type: ignore[arg-type, return-value]  # no store
-        self._entered = self._thread.submit(lambda *_: self._communicator.Barrier())
-        if not self._left(limit - (time.monotonic() - start)):
-            return self._timed_out(mine, time.monotonic() - start)
+        if mine.stage != "entry":
+            if self._thread is None:
+                self._thread = StoreThread(lambda: None)  # type: ignore[arg-type, return-value]  # no store
+            self._entered = self._thread.submit(lambda *_: self._communicator.Barrier())
+            if not self._left(limit - (time.monotonic() - start)):
+                return self._timed_out(mine, time.monotonic() - start)
         self.in_step = True
         return Verdict(mine.scope, mine.sequence, self.world_size, mine.stage, {self.rank: mine.outcome}, [self.rank])
 

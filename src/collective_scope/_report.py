@@ -7,6 +7,7 @@ follow, indented. Guesses are in sentences that say so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def peers_failed(verdict: Verdict) -> str:
     """Describe failures for the ranks that had none."""
     ordered = _by_order(verdict.failures)
     first, outcome = ordered[0]
-    who = _ranks(verdict, [rank for rank, _ in ordered])
+    who = _ranks(verdict, sorted(verdict.failures))
     which = f", rank {first} first" if len(ordered) > 1 else ""
     what = one_line(outcome.type_name, outcome.message)
     head = f"{who} of {verdict.world_size} failed in scope {verdict.scope!r}{which}: {what}"
@@ -140,6 +141,13 @@ def waiting(verdict: Verdict, rank: int, waited: float) -> str:
     return "\n".join([head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")])
 
 
+def waiting_blindly(scope: str, rank: int, waited: float) -> str:
+    """Say that the store does not tell who is not here yet."""
+    return (
+        f"rank {rank} has waited {waited:.0f} s in scope {scope!r}; the store does not answer, so nobody can be named"
+    )
+
+
 def _at(verdict: Verdict) -> str:
     place = verdict.stage.split()[0]
     return f" at the {place} of scope {verdict.scope!r}"
@@ -215,4 +223,4 @@ def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:
 
 
 def _by_order(outcomes: Mapping[int, Outcome]) -> list[tuple[int, Outcome]]:
-    return sorted(outcomes.items(), key=lambda item: (item[1].order or len(outcomes) + 1, item[0]))
+    return sorted(outcomes.items(), key=lambda item: (item[1].order or math.inf, item[0]))

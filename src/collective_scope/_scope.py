@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
+from types import TracebackType
+from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 import attrs
 
@@ -24,16 +25,10 @@ from ._barrier import HEARTBEAT_TIMEOUT_S
 from ._cleanups import Cleanup, CleanupStack, describe
 from ._deadline import Deadline
 from ._failures import Failures, errors_of
-from ._groups import alone, find_barrier, group_barrier, is_destroyed, synchronize_accelerator
+from ._groups import AnyBarrier, GroupLike, alone, find_barrier, group_barrier, is_destroyed, synchronize_accelerator
 from ._outcome import Record, Verdict, shorten, type_name
+from ._plain_barrier import PlainBarrier
 from ._watcher import Mark, enter, here, leave
-
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from ._deadline import Deadline
-from ._groups import AnyBarrier, GroupLike
 
 
 P = ParamSpec("P")
@@ -294,9 +289,7 @@ class CollectiveScope:
         if fingerprint is not None and not callable(fingerprint):
             msg = f"fingerprint must be callable (got {fingerprint!r})"
             raise TypeError(msg)
-        if hasattr(self._barrier, "_communicator"):
-            msg = "a group that has no store cannot agree on a collective cleanup; use cleanup()"
-            raise TypeError(msg)
+        self._refuse_without_store(self._barrier)
         call = functools.partial(fn, *args, **kwargs) if args or kwargs else fn
         self._register(self._cleanups, call, _caller(), name=name, collective=True, fingerprint=fingerprint)
         return fn
@@ -395,7 +388,8 @@ class CollectiveScope:
             msg = f"collective_scope() decorates functions (got {fn!r}); did you forget the parentheses?"
             raise TypeError(msg)
         if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            kind = "generator" if "gen" in type(fn).__name__ or inspect.isgeneratorfunction(fn) else "coroutine"
+            is_async = "" if inspect.isgeneratorfunction(fn) else "async "
+            kind = "coroutine" if inspect.iscoroutinefunction(fn) else f"{is_async}generator"
             msg = (
                 f"collective_scope() cannot decorate the {kind} function {describe(fn)}: calling it returns"
                 " before its body runs; use a 'with' block inside it"
@@ -447,15 +441,10 @@ class CollectiveScope:
         finally:
             if self._gc_was_enabled:
                 gc.enable()
-            self._end()
             if self._parent is not None:
+                # Both are scopes.
                 self._parent._told = error_of_scope  # noqa: SLF001
-            # Last of all: freeing these may run destructors that the peers take part in.
-            for each in (self._cleanups, self._after):
-                each.release()
-            self._held.clear()
-            self._failures.clear()
-            self._told = self._parent = self._barrier = self._kept = None
+            self._end()
         if error_of_scope is not None and error_of_scope is not body_error:
             try:
                 raise error_of_scope
@@ -467,18 +456,34 @@ class CollectiveScope:
         leave(self._mark)
         if self._timer is not None:
             self._timer.cancel()
+        # Last of all: freeing these may run destructors that the peers take part in.
+        for each in (self._cleanups, self._after):
+            each.release()
+        self._held.clear()
+        self._failures.clear()
+        self._told = self._parent = self._barrier = self._kept = None
 
     def _find_barrier(self) -> None:
         found = find_barrier(self._group)
-        if found is not None:
-            self._barrier, self._kept = found
-            self._sequence = self._barrier.scopes
-            self._barrier.scopes += 1
-            self._barrier.greet()
-            if self._group_barrier and self._barrier.world_size > 1:
-                # At the bottom of the stack: the last collective thing that the ranks agree on.
-                bottom = Cleanup(self._wait_for_group, "dist.barrier of the group", self._where, collective=True)
-                self._cleanups.push_under(bottom)
+        if found is None:
+            return
+        barrier, kept = found
+        if self._group_barrier or self._cleanups.collective():
+            self._refuse_without_store(barrier)
+        self._barrier, self._kept = barrier, kept
+        self._sequence = barrier.scopes
+        barrier.scopes += 1
+        barrier.greet()
+        if self._group_barrier and barrier.world_size > 1:
+            # At the bottom of the stack: the last collective thing that the ranks agree on.
+            bottom = Cleanup(self._wait_for_group, "dist.barrier of the group", self._where, collective=True)
+            self._cleanups.push_under(bottom)
+
+    @staticmethod
+    def _refuse_without_store(barrier: AnyBarrier | None) -> None:
+        if isinstance(barrier, PlainBarrier):
+            msg = "a group that has no store cannot agree on a collective cleanup; use cleanup()"
+            raise TypeError(msg)
 
     def _check_entry(self) -> None:
         """After a round that somebody missed, no body may start before all have left the earlier one."""
@@ -493,9 +498,12 @@ class CollectiveScope:
             # The body never starts, but what was given to the scope is cleaned up.
             self._state = "in the teardown"
             self._run_rest()
-            self._end()
             self._failures.attach(refusal)
-            raise refusal
+            self._end()
+            try:
+                raise refusal
+            finally:
+                del refusal  # this frame is in its traceback: no cycle
 
     # The teardown, in the order in which things happen.
 

@@ -14,11 +14,9 @@ The facts in a message are attributes too; nobody has to parse text. All pickle.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from ._outcome import Outcome, Verdict
 
-if TYPE_CHECKING:
-    from ._outcome import Outcome, Verdict
 
 __all__ = [
     "BarrierTimeoutError",

@@ -1,0 +1,99 @@
+"""What tests of scopes and barriers need where ranks are threads: stores that misbehave, and a way to wait."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from collective_scope import _scope
+from collective_scope._barrier import Barrier
+from tests.ranks import Sequencer, run_threads, values
+
+
+Hook = Callable[[str, str], object]
+"""Called with the method and the key (without what all keys begin with) before each call; may block or raise."""
+
+PATIENCE_S = 20.0
+"""Far more than anything takes on a busy machine."""
+
+
+class HookedStore(dist.Store):
+    """A store in which something happens before each call; its methods are those of a store."""
+
+    def __init__(self, store: dist.Store, hook: Hook) -> None:
+        super().__init__()
+        self._store = store
+        self._hook = hook
+
+    def _before(self, method: str, key: str) -> None:
+        # "collective_scope/{world size}/{life}/{key}"; "life" and seats have one part less before them.
+        self._hook(method, key.split("/", 3)[-1])
+
+    def set(self, key: str, value: Any) -> None:  # noqa: D102
+        self._before("set", key)
+        self._store.set(key, value)
+
+    def add(self, key: str, amount: int) -> int:  # noqa: D102
+        self._before("add", key)
+        return self._store.add(key, amount)
+
+    def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:  # noqa: D102
+        self._before("compare_set", key)
+        return self._store.compare_set(key, expected, desired)
+
+    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=PATIENCE_S)) -> None:  # noqa: D102
+        self._before("wait", keys[0])
+        self._store.wait(keys, timeout)
+
+    def deleteKey(self, key: str) -> bool:  # noqa: D102, N802  (the name that torch looks for)
+        self._before("delete_key", key)
+        return self._store.delete_key(key)
+
+
+def wait_until(is_true: Callable[[], bool], timeout: float = PATIENCE_S) -> bool:
+    """Ask until the answer is yes; return whether it came in time."""
+    deadline = time.monotonic() + timeout
+    while not is_true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)  # Nothing announces what is asked for.
+    return True
+
+
+@contextlib.contextmanager
+def barriers_as_groups() -> Iterator[None]:
+    """
+    Let `collective_scope` take a `Barrier` as its group.
+
+    A process has one default group, so ranks that are threads cannot each have one.
+    """
+    find_barrier = _scope.find_barrier  # type: ignore[attr-defined]
+
+    def find(group: Any) -> Any:
+        return (group, None) if isinstance(group, Barrier) else find_barrier(group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_scope, "find_barrier", find)
+        yield
+
+
+def barrier_of(store: dist.Store, rank: int, world_size: int, **options: Any) -> Barrier:
+    """Return the barrier of one rank; options are those of `Barrier`."""
+    return Barrier(lambda: store, rank, world_size, **options)
+
+
+def meet(
+    world_size: int, fn: Callable[[int, Barrier, Sequencer], Any], *, timeout: float = 60.0, **options: Any
+) -> list[Any]:
+    """Call *fn* on each rank, a thread, with a barrier of its own; return what it returned."""
+
+    def run(rank: int, store: dist.HashStore, sequencer: Sequencer) -> Any:
+        return fn(rank, barrier_of(store, rank, world_size, **options), sequencer)
+
+    return values(run_threads(world_size, run, timeout=timeout))

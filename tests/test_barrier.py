@@ -1,0 +1,846 @@
+"""The barrier of a group with a store, its ranks as threads: one verdict, bounded, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import pytest
+import torch.distributed as dist
+
+from collective_scope import _barrier
+from collective_scope._barrier import Barrier
+from collective_scope._outcome import OK, Outcome, Record, Verdict
+from tests.ranks import Sequencer, run_threads, values
+from tests.stores import PATIENCE_S, HookedStore, barrier_of, meet, wait_until
+
+
+LONG_S = 120.0
+"""A timeout that no test may reach."""
+
+SOON_S = 10.0
+"""Longer than anything takes that does not wait for a timeout."""
+
+SHORT_S = 1.0
+"""A timeout that is meant to run out, long enough for a busy machine to start all ranks."""
+
+_FAILED = Outcome("body", "ValueError", "no", "Traceback ...")
+
+
+@pytest.fixture(name="thawed")
+def _thawed() -> Iterator[threading.Event]:
+    """Return an event on which stores hang; it is set at the end."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def _arrive(
+    barrier: Barrier,
+    sequence: int = 0,
+    *,
+    timeout: float = LONG_S,
+    failure_timeout: float = LONG_S,
+    **record: Any,
+) -> Verdict:
+    mine = attrs.evolve(Record(0, "exit", "scope", sequence), **record)
+    return barrier.arrive(mine, timeout=timeout, failure_timeout=failure_timeout)
+
+
+def _is_waiting(store: dist.Store, rank: int, world_size: int, *, round_: int = 0, life: int = 0) -> bool:
+    """Whether *rank* is at the barrier, seen from outside."""
+    prefix = f"collective_scope/{world_size}/{life}"
+    key = f"{prefix}/rank/{rank}"
+    return store.check([key]) and f"[{round_}, " in store.get(key).decode()
+
+
+def _few_keys(store: dist.Store, world_size: int) -> bool:
+    # A record and a seat each, the life, and the count of failures.
+    return wait_until(lambda: store.num_keys() <= 2 * world_size + 2, SOON_S)
+
+
+# Agreement
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("server", [pytest.param(None, id="hosted-outside"), pytest.param(0, id="hosted-by-0")])
+def test_barrier_all_ok_is_one_complete_verdict(world_size: int, server: int | None) -> None:
+    """When all arrive in peace, all hold the same verdict: everyone was there, nobody failed."""
+    verdicts = meet(world_size, lambda _, barrier, __: (_arrive(barrier), barrier.in_step), server=server)
+
+    expected = Verdict("scope", 0, world_size, outcomes=dict.fromkeys(range(world_size), OK))
+    assert [(expected, True)] * world_size == verdicts
+
+
+@pytest.mark.parametrize("server", [pytest.param(None, id="hosted-outside"), pytest.param(1, id="hosted-by-1")])
+@pytest.mark.parametrize("failing", [{0}, {2}, {0, 1, 2}], ids=str)
+def test_barrier_failures_are_in_the_verdict_of_every_rank(failing: set[int], server: int | None) -> None:
+    """Failed ranks are named to all, themselves included, in the order in which they failed."""
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> Verdict:
+        return _arrive(barrier, outcome=_FAILED if rank in failing else OK)
+
+    verdicts = meet(3, run, server=server)
+
+    assert len({verdict.encode() for verdict in verdicts}) == 1
+    assert failing == set(verdicts[0].failures)
+    assert list(range(1, len(failing) + 1)) == sorted(each.order for each in verdicts[0].failures.values())
+    assert verdicts[0].complete
+
+
+def test_barrier_in_a_subgroup_knows_the_global_ranks() -> None:
+    """The verdict of a subgroup says what its ranks are called in the default group."""
+    verdicts = meet(2, lambda _, barrier, __: _arrive(barrier), global_ranks=(3, 7))
+
+    assert [(3, 7), (3, 7)] == [verdict.global_ranks for verdict in verdicts]
+
+
+def test_barrier_rounds_do_not_mix() -> None:
+    """Many rounds in a row, some with failures, each have their own verdict."""
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> list[list[int]]:
+        return [list(_arrive(barrier, i, outcome=_FAILED if i % 5 == rank else OK).failures) for i in range(50)]
+
+    expected = [[i % 5] if i % 5 < 3 else [] for i in range(50)]
+    assert [expected] * 3 == meet(3, run)
+
+
+def test_barrier_odd_names_are_told_apart_and_arrive() -> None:
+    """A scope may have any name."""
+    name = "two\nlines, \0, 🙂 and \udc80"
+
+    verdicts = meet(2, lambda rank, barrier, _: _arrive(barrier, scope=name, outcome=_FAILED if rank else OK))
+
+    assert [name, name] == [verdict.scope for verdict in verdicts]
+    assert all(verdict.complete for verdict in verdicts)
+
+
+# Missing ranks
+
+
+@pytest.mark.parametrize("absent", [{0}, {2}, {3}, {0, 2}, {1, 2, 3}], ids=str)
+def test_barrier_missing_ranks_are_named_on_every_rank(absent: set[int]) -> None:
+    """All ranks that came read the same list of those that did not, sorted, rank 0 like any other."""
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> tuple[Verdict, bool] | None:
+        return None if rank in absent else (_arrive(barrier, timeout=SHORT_S), barrier.in_step)
+
+    present = [each for each in meet(4, run) if each is not None]
+
+    assert len({verdict.encode() for verdict, _ in present}) == 1
+    assert tuple(sorted(absent)) == present[0][0].missing
+    assert set(range(4)) - absent == set(present[0][0].outcomes)
+    assert SHORT_S <= present[0][0].timeout < SHORT_S + SOON_S
+    assert not any(in_step for _, in_step in present)
+
+
+def test_barrier_late_rank_reads_the_same_verdict() -> None:
+    """A rank that comes after the timeout is told what was decided, at once."""
+
+    def run(rank: int, barrier: Barrier, sequencer: Sequencer) -> tuple[Verdict, float]:
+        if rank == 1:
+            sequencer.wait_for("rank 0 has left")
+        start = time.monotonic()
+        verdict = _arrive(barrier, timeout=0.2 if rank == 0 else LONG_S)
+        if rank == 0:
+            sequencer.announce("rank 0 has left")
+        return verdict, time.monotonic() - start
+
+    (early, _), (late, waited) = meet(2, run)
+
+    assert early == late
+    assert (1,) == late.missing
+    assert waited < SOON_S
+
+
+def test_barrier_after_a_missed_round_is_in_step_again_when_all_came() -> None:
+    """Whoever missed a round is out of step until everyone has met again."""
+
+    def run(rank: int, barrier: Barrier, sequencer: Sequencer) -> list[bool]:
+        if rank == 1:
+            sequencer.wait_for("rank 0 has left")
+        _arrive(barrier, timeout=0.2 if rank == 0 else LONG_S)
+        if rank == 0:
+            sequencer.announce("rank 0 has left")
+        steps = [barrier.in_step]
+        _arrive(barrier, 1, stage="entry")
+        return [*steps, barrier.in_step]
+
+    assert [[False, True], [False, True]] == meet(2, run)
+
+
+@pytest.mark.parametrize("server", [pytest.param(None, id="hosted-outside"), pytest.param(0, id="hosted-by-0")])
+def test_barrier_timeout_at_the_moment_the_last_rank_arrives_is_no_timeout(
+    monkeypatch: pytest.MonkeyPatch, server: int | None
+) -> None:
+    """Where the last arrival comes before the decision, all leave in peace, soon, and nothing stays in the store."""
+    monkeypatch.setattr(_barrier, "ANSWER_S", PATIENCE_S)
+    monkeypatch.setattr(_barrier, "LINGER_S", PATIENCE_S)
+    deciders: list[threading.Thread] = []
+    deciding, left, decided = threading.Event(), threading.Semaphore(0), threading.Event()
+
+    def hook(method: str, key: str) -> None:
+        is_decider = threading.current_thread() in deciders
+        if (method, key) == ("compare_set", "rank/0"):  # rank 0 gathers what is known, to decide
+            deciders.append(threading.current_thread())
+            deciding.set()
+        elif (method, key) == ("add", "0/seen") and is_decider:
+            for _ in range(2):
+                assert left.acquire(timeout=PATIENCE_S)
+        elif (method, key) == ("add", "0/seen"):
+            assert decided.wait(PATIENCE_S)
+        elif (method, key) == ("compare_set", "0/news") and is_decider:
+            decided.set()
+
+    def run(rank: int, store: dist.HashStore, _: Sequencer) -> tuple[Verdict, float]:
+        if rank == 0:
+            stores.extend([store, HookedStore(store, hook)])
+            barriers.append(barrier_of(stores[1], 0, 3, server=server))
+            start = time.monotonic()
+            return _arrive(barriers[-1], timeout=0.2), time.monotonic() - start
+        assert deciding.wait(PATIENCE_S)
+        start = time.monotonic()
+        barriers.append(barrier_of(store, rank, 3, server=server))
+        verdict = _arrive(barriers[-1])
+        left.release()
+        return verdict, time.monotonic() - start
+
+    stores: list[dist.Store] = []
+    barriers: list[Barrier] = []
+    results = values(run_threads(3, run, timeout=60.0))
+
+    assert [True, True, True] == [verdict.ok for verdict, _ in results]
+    assert max(waited for _, waited in results) < SOON_S
+    assert _few_keys(stores[0], 3)
+
+
+# Failures shorten the wait
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_barrier_published_failure_bounds_the_wait_of_the_others(when: str) -> None:
+    """From the moment at which a failure is known, peers wait for failure_timeout and no longer."""
+
+    def run(rank: int, store: dist.HashStore, sequencer: Sequencer) -> tuple[Verdict, float] | None:
+        barrier = barriers[rank] = barrier_of(store, rank, 3)
+        if rank == 2:
+            if when == "while":
+                assert wait_until(lambda: _is_waiting(store, 0, 3) and _is_waiting(store, 1, 3))
+            barrier.publish(Record(0, "exit", "scope", 0, _FAILED))
+            assert wait_until(lambda: store.check(["collective_scope/3/0/0/news"]))
+            sequencer.announce("published")
+            return None
+        if when == "before":
+            sequencer.wait_for("published")
+        start = time.monotonic()
+        verdict = _arrive(barrier, failure_timeout=SHORT_S)
+        return verdict, time.monotonic() - start
+
+    barriers: dict[int, Barrier] = {}
+    results = values(run_threads(3, run, timeout=60.0))[:2]
+
+    for verdict, waited in results:
+        assert SHORT_S / 2 <= waited < SOON_S
+        assert verdict == results[0][0]
+        assert (2,) == verdict.missing
+        assert {2: ("body", 1)} == {rank: (o.phase, o.order) for rank, o in verdict.failures.items()}
+
+
+def test_barrier_failure_published_at_the_moment_of_the_timeout_is_in_the_verdict() -> None:
+    """A rank that gives up while a failure becomes known tells both: who is missing, and what failed there."""
+    store, decided = dist.HashStore(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def hook(method: str, key: str) -> None:
+        if (method, key) == ("set", "rank/0"):
+            threads.append(threading.current_thread())
+            barrier_of(store, 1, 2).publish(Record(0, "exit", "scope", 0, _FAILED))
+            assert wait_until(lambda: store.check(["collective_scope/2/0/0/news"]))
+        elif (method, key) == ("compare_set", "0/news"):
+            if threading.current_thread() in threads:  # reads the news too late
+                assert decided.wait(PATIENCE_S)
+            else:
+                decided.set()
+
+    hooked = HookedStore(store, hook)
+    verdict = _arrive(barrier_of(hooked, 0, 2), timeout=0.2)
+
+    assert ((1,), [1]) == (verdict.missing, list(verdict.failures))
+
+
+def test_barrier_publish_does_not_wait_for_the_store(thawed: threading.Event) -> None:
+    """A store that hangs does not delay the cleanups of a rank that failed."""
+    store = HookedStore(dist.HashStore(), lambda *_: thawed.wait(PATIENCE_S))
+    start = time.monotonic()
+    barrier = barrier_of(store, 0, 2)
+    barrier.publish(Record(0, "exit", "scope", 0, _FAILED))
+
+    assert time.monotonic() - start < SOON_S / 2
+    assert not thawed.is_set()
+
+
+def test_barrier_published_failure_of_a_rank_that_arrives_is_counted_once() -> None:
+    """A failure that was published and then arrives is one failure, and the round is complete."""
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> Verdict:
+        if rank == 1:
+            barrier.publish(Record(0, "exit", "scope", 0, _FAILED))
+        return _arrive(barrier, outcome=_FAILED if rank == 1 else OK)
+
+    verdicts = meet(3, run)
+
+    assert [verdicts[0]] * 3 == verdicts
+    assert {1: attrs.evolve(_FAILED, order=1)} == verdicts[0].failures
+    assert verdicts[0].complete
+
+
+def test_barrier_failed_rank_waits_for_failure_timeout_only() -> None:
+    """A rank that failed itself does not wait longer than failure_timeout for peers that are probably stuck."""
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> Verdict | None:
+        return _arrive(barrier, outcome=_FAILED, failure_timeout=0.2) if rank == 0 else None
+
+    start = time.monotonic()
+    verdict = meet(2, run)[0]
+
+    assert (1,) == verdict.missing
+    assert time.monotonic() - start < SOON_S
+
+
+# Mismatches
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"scope": "other"}, id="name"),
+        pytest.param({"sequence": 1}, id="sequence"),
+        pytest.param({"stage": "entry"}, id="stage"),
+    ],
+)
+@pytest.mark.parametrize("server", [pytest.param(None, id="hosted-outside"), pytest.param(0, id="hosted-by-0")])
+def test_barrier_different_places_end_the_wait_at_once(other: dict[str, Any], server: int | None) -> None:
+    """Ranks at different places do not wait for one another, and read the same verdict."""
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> tuple[Verdict, bool]:
+        record = {"scope": "scope", "sequence": 0, **(other if rank == 1 else {})}
+        return _arrive(barrier, **record), barrier.in_step
+
+    start = time.monotonic()
+    (first, in_step), (second, in_step_too) = meet(2, run, server=server)
+
+    assert time.monotonic() - start < SOON_S
+    assert first == second
+    assert {0: ("scope", 0), 1: (other.get("scope", "scope"), other.get("sequence", 0))} == first.names
+    assert (False, False) == (in_step, in_step_too)
+
+
+def test_barrier_mismatch_is_told_to_ranks_that_come_later_too() -> None:
+    """A third rank that comes after the mismatch reads the verdict of the two that met."""
+
+    def run(rank: int, barrier: Barrier, sequencer: Sequencer) -> Verdict:
+        if rank == 2:
+            for peer in (0, 1):
+                sequencer.wait_for(f"rank {peer} has left")
+        verdict = _arrive(barrier, scope="other" if rank == 1 else "scope")
+        sequencer.announce(f"rank {rank} has left")
+        return verdict
+
+    verdicts = meet(3, run)
+
+    assert [verdicts[0]] * 3 == verdicts
+    assert {0, 1} == set(verdicts[0].names)
+
+
+# Warnings
+
+
+def test_barrier_long_wait_is_logged_with_names(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Long before the deadline, a waiting rank says who is missing; again and again."""
+    monkeypatch.setattr(_barrier, "WARNINGS_S", (0.05, 0.1))
+
+    def warnings() -> list[str]:
+        return [each for each in caplog.messages if "has waited" in each]
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> Verdict:
+        if rank == 2:
+            assert wait_until(lambda: len(warnings()) >= 6)
+        return _arrive(barrier)
+
+    verdicts = meet(3, run)
+
+    assert all(verdict.ok for verdict in verdicts)
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+    assert any(
+        re.match(r"rank 0 has waited 0 s at the exit of scope 'scope'; ranks? (1 and )?2 of 3 missing\n", each)
+        for each in warnings()
+    )
+
+
+def test_barrier_long_wait_with_a_store_that_does_not_answer_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thawed: threading.Event
+) -> None:
+    """When the store does not even tell who is missing, the warning says that."""
+    monkeypatch.setattr(_barrier, "WARNINGS_S", (0.05, LONG_S))
+    monkeypatch.setattr(_barrier, "ANSWER_S", 0.1)
+    store = dist.HashStore()
+
+    def hook(method: str, key: str) -> None:
+        if (method, key) == ("compare_set", "rank/0"):  # what the warning asks for
+            thawed.wait(PATIENCE_S)
+
+    def run(rank: int, store_: dist.HashStore, _: Sequencer) -> Verdict:
+        assert store_ is not None
+        if rank == 0:
+            return _arrive(barrier_of(hooked, 0, 2))
+        assert wait_until(lambda: bool(caplog.messages))
+        thawed.set()
+        return _arrive(barrier_of(store, 1, 2))
+
+    hooked = HookedStore(store, hook)
+    verdicts = values(run_threads(2, run, timeout=60.0))
+
+    assert [True, True] == [verdict.ok for verdict in verdicts]
+    assert caplog.messages[0].startswith("rank 0 has waited 0 s in scope 'scope'; the store does not say for whom: ")
+
+
+# Stores that hang or are gone
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("", id="every-call"), pytest.param("wait", id="wait"), pytest.param("add", id="add")]
+)
+def test_barrier_store_that_hangs_is_bounded(method: str, thawed: threading.Event) -> None:
+    """Whatever call to the store does not come back, the wait ends soon after the timeout, with who is missing."""
+
+    def hook(called: str, _: str) -> None:
+        if method in ("", called):
+            thawed.wait(PATIENCE_S)
+
+    store = HookedStore(dist.HashStore(), hook)
+    barrier = barrier_of(store, 1, 3)
+    start = time.monotonic()
+    verdict = _arrive(barrier, timeout=0.2)
+
+    assert 0.2 <= time.monotonic() - start < PATIENCE_S / 2
+    assert ((0, 2), (), False) == (verdict.missing, verdict.lost, barrier.in_step)
+    assert {1: OK} == verdict.outcomes
+    assert "(hosted outside of the group) has not answered" in verdict.reason
+
+
+def test_barrier_connection_that_hangs_is_bounded(thawed: threading.Event) -> None:
+    """A connection that cannot be made in time is bounded like any call."""
+
+    def connect() -> dist.Store:
+        thawed.wait(PATIENCE_S)
+        return dist.HashStore()
+
+    start = time.monotonic()
+    barrier = Barrier(connect, 0, 2, server=0)
+    verdict = _arrive(barrier, timeout=0.2)
+
+    assert time.monotonic() - start < PATIENCE_S / 2
+    assert (1,) == verdict.missing
+    assert "(hosted by rank 0)" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("server", "lost", "missing"),
+    [
+        pytest.param(None, (), (0, 2), id="hosted-outside"),
+        pytest.param(0, (0,), (2,), id="hosted-by-a-peer"),
+        pytest.param(1, (), (0, 2), id="hosted-here"),
+    ],
+)
+@pytest.mark.parametrize(
+    "method", [pytest.param("", id="every-call"), pytest.param("wait", id="wait"), pytest.param("add", id="add")]
+)
+def test_barrier_store_that_is_gone_tells_who_hosted_it(
+    method: str, server: int | None, lost: tuple[int, ...], missing: tuple[int, ...]
+) -> None:
+    """When the store breaks off, the rank that hosted it is lost, of the others nothing is known; at once."""
+
+    def hook(called: str, _: str) -> None:
+        if method in ("", called):
+            msg = "Connection reset by peer"
+            raise dist.DistNetworkError(msg)
+
+    store = HookedStore(dist.HashStore(), hook)
+    start = time.monotonic()
+    verdict = _arrive(barrier_of(store, 1, 3, server=server))
+
+    assert time.monotonic() - start < SOON_S
+    assert (lost, missing) == (verdict.lost, verdict.missing)
+    assert "is gone: " in verdict.reason
+    assert "Connection reset by peer" in verdict.reason
+
+
+def test_barrier_store_that_fails_only_at_the_decision_is_gone() -> None:
+    """A store that breaks off when the timeout has run out is told as gone, not as frozen."""
+
+    def hook(called: str, key: str) -> None:
+        if (called, key) == ("compare_set", "rank/0"):
+            msg = "Connection reset by peer"
+            raise dist.DistNetworkError(msg)
+
+    store = HookedStore(dist.HashStore(), hook)
+    verdict = _arrive(barrier_of(store, 0, 2), timeout=0.2)
+
+    assert (1,) == verdict.missing
+    assert "is gone: " in verdict.reason
+
+
+def test_barrier_error_that_no_store_raises_is_not_swallowed() -> None:
+    """What is not one of the store's errors is a defect, and surfaces."""
+
+    def hook(called: str, _: str) -> None:
+        if called == "wait":
+            msg = "unforeseen"
+            raise LookupError(msg)
+
+    store = HookedStore(dist.HashStore(), hook)
+    barrier = barrier_of(store, 0, 2)
+
+    with pytest.raises(LookupError, match=r"^'?unforeseen'?$"):
+        _arrive(barrier, timeout=SOON_S)
+    assert not barrier.in_step
+
+
+def test_barrier_works_again_after_the_store_has_hung() -> None:
+    """When the store answers again, so does the barrier."""
+    thawed = threading.Event()
+    inner = dist.HashStore()
+
+    def run(rank: int, _: dist.HashStore, sequencer: Sequencer) -> list[Verdict]:
+        barrier = barrier_of(HookedStore(inner, lambda *_: thawed.wait(PATIENCE_S)) if rank == 0 else inner, rank, 2)
+        verdicts = [_arrive(barrier, timeout=0.2)]
+        thawed.set()
+        sequencer.announce(f"rank {rank} has left")
+        sequencer.wait_for(f"rank {1 - rank} has left")
+        return [*verdicts, _arrive(barrier, 1)]
+
+    verdicts = values(run_threads(2, run, timeout=60.0))
+
+    assert [False, False] == [each[0].complete for each in verdicts]
+    assert [True, True] == [each[1].ok for each in verdicts]
+
+
+# The rank that hosts the store
+
+
+def test_barrier_host_of_the_store_leaves_last() -> None:
+    """The rank whose process hosts the store stays until all peers have read the verdict."""
+    store, order = dist.HashStore(), []
+    host_waits = threading.Event()
+
+    def host(method: str, key: str) -> None:
+        if (method, key) == ("wait", "0/empty"):
+            host_waits.set()
+
+    def peer(method: str, key: str) -> None:
+        if (method, key) == ("add", "0/seen"):
+            assert host_waits.wait(PATIENCE_S)
+            order.append("peer reads")
+
+    stores = [HookedStore(store, host), HookedStore(store, peer)]
+
+    def run(rank: int, _: dist.HashStore, __: Sequencer) -> Verdict:
+        verdict = _arrive(barrier_of(stores[rank], rank, 2, server=0))
+        if rank == 0:
+            order.append("host leaves")
+        return verdict
+
+    assert [True, True] == [verdict.ok for verdict in values(run_threads(2, run))]
+    assert ["peer reads", "host leaves"] == order
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["ok", "failed"])
+def test_barrier_host_of_the_store_waits_for_readers_a_short_time_only(
+    monkeypatch: pytest.MonkeyPatch, thawed: threading.Event, *, failing: bool
+) -> None:
+    """A peer that arrived and does not read keeps the rank that hosts the store for LINGER_S, whatever the timeout."""
+    monkeypatch.setattr(_barrier, "LINGER_S", 0.2)
+    store = dist.HashStore()
+
+    def peer(method: str, key: str) -> None:
+        is_decided = store.check([f"collective_scope/2/0/0/{'verdict' if failing else 'news'}"])
+        if (method, key) == ("add", "0/seen") and is_decided:
+            thawed.wait(PATIENCE_S)
+
+    stores = [store, HookedStore(store, peer)]
+
+    def run(rank: int, _: dist.HashStore, __: Sequencer) -> tuple[Verdict, float]:
+        start = time.monotonic()
+        verdict = _arrive(barrier_of(stores[rank], rank, 2, server=0), outcome=_FAILED if failing and rank == 0 else OK)
+        thawed.set()
+        return verdict, time.monotonic() - start
+
+    results = values(run_threads(2, run, timeout=60.0))
+
+    assert results[0][0].complete
+    assert results[0][1] < 5.0
+
+
+def test_barrier_store_that_ends_while_its_host_waits_for_readers_does_no_harm() -> None:
+    """The verdict stands, also if the store breaks off while the last peers read it."""
+    store = dist.HashStore()
+
+    def host(method: str, key: str) -> None:
+        if (method, key) == ("wait", "0/empty"):
+            host_waits.set()
+            msg = "Connection reset by peer"
+            raise dist.DistNetworkError(msg)
+
+    def peer(method: str, key: str) -> None:
+        if (method, key) == ("add", "0/seen"):
+            assert host_waits.wait(PATIENCE_S)
+
+    host_waits = threading.Event()
+    stores = [HookedStore(store, host), HookedStore(store, peer)]
+
+    def run(rank: int, _: dist.HashStore, __: Sequencer) -> Verdict:
+        return _arrive(barrier_of(stores[rank], rank, 2, server=0))
+
+    assert [True, True] == [verdict.ok for verdict in values(run_threads(2, run))]
+
+
+# Interrupts
+
+
+def _interrupt_main_thread() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def test_barrier_interrupted_rank_ends_the_round_for_all() -> None:
+    """Ctrl-C ends the wait at once, there and on the peers, who read whose wait was ended and why."""
+    store = dist.HashStore()
+    verdicts: list[Verdict] = []
+
+    def peer() -> None:
+        assert wait_until(lambda: _is_waiting(store, 0, 3))
+        interrupter.start()
+        verdicts.append(_arrive(other, 0))
+
+    def interrupt() -> None:
+        assert wait_until(lambda: _is_waiting(store, 1, 3))
+        _interrupt_main_thread()
+
+    barrier, other = barrier_of(store, 0, 3), barrier_of(store, 1, 3)
+    thread, interrupter = threading.Thread(target=peer), threading.Thread(target=interrupt)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        _arrive(barrier)
+    thread.join(PATIENCE_S)
+
+    assert time.monotonic() - start < SOON_S
+    assert "rank 0 stopped waiting at the barrier: KeyboardInterrupt" == verdicts[0].reason
+    assert {0: ("barrier", "KeyboardInterrupt")} == {
+        rank: (o.phase, o.type_name) for rank, o in verdicts[0].failures.items()
+    }
+    assert (False, False) == (barrier.in_step, other.in_step)
+
+
+def test_barrier_interrupted_rank_that_had_failed_keeps_its_failure() -> None:
+    """What the peers read of a rank that failed, and was then interrupted, is its failure."""
+    store = dist.HashStore()
+    barrier, late = barrier_of(store, 0, 2), barrier_of(store, 1, 2)
+
+    def interrupt() -> None:
+        assert wait_until(lambda: _is_waiting(store, 0, 2))
+        _interrupt_main_thread()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        _arrive(barrier, outcome=_FAILED)
+    thread.join(PATIENCE_S)
+    verdict = _arrive(late)
+
+    assert ("ValueError", "no") == (verdict.failures[0].type_name, verdict.failures[0].message)
+    assert verdict.reason
+
+
+def test_barrier_interrupt_with_a_store_that_hangs_is_prompt(
+    thawed: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C works while the store hangs; that the peers could not be told is logged."""
+    waiting = threading.Event()
+
+    def hook(*_: Any) -> None:
+        waiting.set()
+        thawed.wait(PATIENCE_S)
+
+    def interrupt() -> None:
+        assert waiting.wait(PATIENCE_S)
+        _interrupt_main_thread()
+
+    store = HookedStore(dist.HashStore(), hook)
+    barrier = barrier_of(store, 0, 2)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        _arrive(barrier)
+    thread.join(PATIENCE_S)
+
+    assert time.monotonic() - start < SOON_S / 2
+    assert not barrier.in_step
+    assert any("could not tell its peers" in each for each in caplog.messages)
+
+
+# What stays in the store
+
+
+def _rounds_ok(rank: int, barrier: Barrier, round_: int, _: Sequencer) -> None:
+    assert _arrive(barrier, round_).ok, rank
+
+
+def _rounds_failed(rank: int, barrier: Barrier, round_: int, _: Sequencer) -> None:
+    if rank == 1:
+        barrier.publish(Record(0, "exit", "scope", round_, _FAILED))
+    assert _arrive(barrier, round_, outcome=_FAILED if rank == 1 else OK).failures
+
+
+def _rounds_pending(rank: int, barrier: Barrier, round_: int, _: Sequencer) -> None:
+    assert _arrive(barrier, round_, cleanups=(("a", ""),)).agreed, rank
+
+
+def _rounds_mismatched(rank: int, barrier: Barrier, round_: int, _: Sequencer) -> None:
+    assert _arrive(barrier, round_, scope=f"scope {rank}").names
+
+
+def _rounds_late(rank: int, barrier: Barrier, round_: int, sequencer: Sequencer) -> None:
+    if rank == 1:
+        sequencer.wait_for(f"round {round_} is over")
+    verdict = _arrive(barrier, round_, timeout=0.05 if rank == 0 else LONG_S)
+    if rank == 0:
+        sequencer.announce(f"round {round_} is over")
+    assert 1 in verdict.missing
+
+
+@pytest.mark.parametrize("server", [pytest.param(None, id="hosted-outside"), pytest.param(0, id="hosted-by-0")])
+@pytest.mark.parametrize(
+    ("play", "rounds"),
+    [
+        pytest.param(_rounds_ok, 200, id="ok"),
+        pytest.param(_rounds_failed, 50, id="failed"),
+        pytest.param(_rounds_pending, 50, id="collective-cleanups"),
+        pytest.param(_rounds_mismatched, 50, id="mismatch"),
+        pytest.param(_rounds_late, 5, id="late-rank"),
+    ],
+)
+def test_barrier_after_any_rounds_the_store_has_not_grown(
+    play: Callable[[int, Barrier, int, Sequencer], None], rounds: int, server: int | None
+) -> None:
+    """Once all ranks have been told, nothing of a round stays in the store, whatever its verdict."""
+    stores = []
+
+    def run(rank: int, store: dist.HashStore, sequencer: Sequencer) -> Barrier:
+        stores.append(store)
+        barrier = barrier_of(store, rank, 2, server=server)
+        for i in range(rounds):
+            play(rank, barrier, i, sequencer)
+        return barrier
+
+    barriers = values(run_threads(2, run, timeout=60.0))
+
+    assert _few_keys(stores[0], 2)
+    assert 2 == len(barriers)
+
+
+def test_barrier_that_is_dropped_ends_its_threads() -> None:
+    """A barrier that nobody refers to any more leaves no thread behind."""
+
+    def ours() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "collective_scope-store"}
+
+    before = ours()
+    meet(2, lambda _, barrier, __: _arrive(barrier))
+    meet(2, lambda rank, barrier, __: _arrive(barrier, timeout=0.1) if rank == 0 else None)
+    gc.collect()
+
+    assert wait_until(lambda: not ours() - before)
+
+
+# A second life on the same store
+
+
+def _live(
+    store: dist.Store, plays: list[Callable[[int, Barrier], Any]], *, first: int | None = None
+) -> list[list[Any]]:
+    """Have two ranks with new barriers do *plays*; where *first* is given, that rank arrives before the other begins."""
+
+    def run(rank: int, _: dist.HashStore, sequencer: Sequencer) -> list[Any]:
+        barrier = barrier_of(store, rank, 2)
+        if first is not None and rank != first:
+            sequencer.wait_for("the first has begun")
+        elif first is not None:
+            threading.Thread(target=announce, args=(sequencer,)).start()
+        return [play(rank, barrier) for play in plays]
+
+    def seats(rank: int | None) -> int:
+        return sum(store.check([f"collective_scope/2/{life}/seat/{rank}"]) for life in range(9))
+
+    def announce(sequencer: Sequencer) -> None:
+        if wait_until(lambda: seats(first) > before):
+            sequencer.announce("the first has begun")
+
+    before = seats(first)
+    return values(run_threads(2, run, timeout=60.0))
+
+
+def _all_arrive(_: int, barrier: Barrier) -> Verdict:
+    return _arrive(barrier)
+
+
+def _rank_1_stays_away(rank: int, barrier: Barrier) -> Verdict | None:
+    return _arrive(barrier, timeout=0.2) if rank == 0 else None
+
+
+def _rank_1_fails_and_leaves(rank: int, barrier: Barrier) -> Verdict | None:
+    if rank == 1:
+        barrier.publish(Record(0, "exit", "scope", 0, _FAILED))
+        return None
+    return _arrive(barrier, failure_timeout=0.2)
+
+
+def _different_scopes(rank: int, barrier: Barrier) -> Verdict:
+    return _arrive(barrier, scope=f"scope {rank}")
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["rank-0-first", "rank-1-first"])
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        pytest.param([_all_arrive], id="ok"),
+        pytest.param([_all_arrive, _all_arrive, _all_arrive], id="more-rounds"),
+        pytest.param([_all_arrive, _rank_1_stays_away], id="rank-1-missed-the-last-round"),
+        pytest.param([_rank_1_fails_and_leaves], id="rank-1-failed-and-left"),
+        pytest.param([_different_scopes], id="mismatch"),
+        pytest.param([_rank_1_stays_away], id="rank-1-never-came"),
+    ],
+)
+def test_barrier_second_life_on_the_same_store_starts_afresh(
+    earlier: list[Callable[[int, Barrier], Any]], first: int
+) -> None:
+    """A new group on a store with an old group's keys meets only its own ranks, whoever comes first."""
+    store = dist.HashStore()
+    _live(store, earlier)
+
+    start = time.monotonic()
+    for _ in range(2):
+        assert [[True, True], [True, True]] == [
+            [verdict.ok for verdict in each]
+            for each in _live(store, [lambda _, barrier: _arrive(barrier, timeout=SOON_S)] * 2, first=first)
+        ]
+    assert time.monotonic() - start < SOON_S

@@ -1,0 +1,296 @@
+"""Store calls on a thread of their own: bounded, in order, and gone when nobody needs them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from collective_scope import _store_thread
+from collective_scope._store_thread import Done, Failed, Later, StoreThread
+from tests.ranks import run_script
+from tests.stores import PATIENCE_S
+
+
+@pytest.fixture(name="release")
+def _release() -> Iterator[threading.Event]:
+    """Return an event for jobs to wait for; it is set at the end."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def _current_thread(*_: Any) -> threading.Thread:
+    return threading.current_thread()
+
+
+def _wait_for(event: threading.Event) -> Callable[..., bool]:
+    return lambda *_: event.wait(PATIENCE_S)
+
+
+def test_call_returns_what_the_job_returned_for_its_store() -> None:
+    """A job gets the store that was connected, and its value comes back."""
+    store = dist.HashStore()
+    thread = StoreThread(lambda: store)
+
+    assert thread.call(lambda given, tell: (given, tell is not None), PATIENCE_S) == (store, True)
+
+
+def test_calls_run_on_one_daemon_thread_with_one_connection() -> None:
+    """All jobs share a thread, which never keeps a process from ending, and one connection."""
+    connections: list[int] = []
+
+    def connect() -> dist.Store:
+        connections.append(1)
+        return dist.HashStore()
+
+    thread = StoreThread(connect)
+    threads = {thread.call(_current_thread, PATIENCE_S) for _ in range(3)}
+
+    assert [(True, False)] == [(each.daemon, each is threading.current_thread()) for each in threads]
+    assert [1] == connections
+
+
+def test_call_that_blocks_is_bounded(release: threading.Event) -> None:
+    """A job that does not come back costs its caller the time limit, and says so."""
+    thread = StoreThread(dist.HashStore)
+    start = time.monotonic()
+
+    with pytest.raises(TimeoutError, match=r"^the store did not answer within 0\.1 s$"):
+        thread.call(_wait_for(release), 0.1)
+
+    assert 0.1 <= time.monotonic() - start < PATIENCE_S / 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(dist.DistNetworkError("reset"), id="network"),
+        pytest.param(KeyError("key"), id="exception"),
+        pytest.param(SystemExit(3), id="base-exception"),
+    ],
+)
+def test_call_error_is_delivered_and_the_thread_goes_on(error: BaseException) -> None:
+    """What a job raises reaches its caller, the same object, and the next job runs."""
+    thread = StoreThread(dist.HashStore)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        thread.call(fail, PATIENCE_S)
+
+    assert error is caught.value
+    assert 1 == thread.call(lambda *_: 1, PATIENCE_S)
+
+
+def test_call_failed_connection_is_delivered_and_tried_again() -> None:
+    """A connection that cannot be made fails that job only."""
+    stores: list[dist.Store] = []
+
+    def connect() -> dist.Store:
+        stores.append(dist.HashStore())
+        if len(stores) == 1:
+            msg = "refused"
+            raise RuntimeError(msg)
+        return stores[-1]
+
+    thread = StoreThread(connect)
+
+    with pytest.raises(RuntimeError, match=r"^refused$"):
+        thread.call(lambda *_: None, PATIENCE_S)
+    store = thread.call(lambda store, _: store, PATIENCE_S)
+    assert store is stores[1]
+
+
+def test_submit_messages_come_in_order_and_the_last_says_how_it_ended() -> None:
+    """What a job tells arrives before its end, which is `Done` or `Failed`."""
+    thread = StoreThread(dist.HashStore)
+
+    def job(_: Any, tell: Callable[[Any], None]) -> str:
+        tell("one")
+        tell("two")
+        return "value"
+
+    def fail(*_: Any) -> None:
+        msg = "no"
+        raise ValueError(msg)
+
+    replies, failures = thread.submit(job), thread.submit(fail)
+
+    assert ["one", "two", Done("value")] == [replies.get(timeout=PATIENCE_S) for _ in range(3)]
+    match failures.get(timeout=PATIENCE_S):
+        case Failed(ValueError()):
+            pass
+        case other:
+            pytest.fail(f"not the error: {other}")
+
+
+def test_later_job_runs_when_there_is_nothing_else_to_do() -> None:
+    """What was put off runs soon after the last job, on the same store."""
+    store = dist.HashStore()
+    thread = StoreThread(lambda: store)
+    ran: SimpleQueue[dist.Store] = SimpleQueue()
+
+    def put_off(given: dist.Store, tell: Callable[[Any], None]) -> None:
+        tell("unheard")
+        ran.put(given)
+
+    assert 1 == thread.call(lambda *_: Later(1, put_off), PATIENCE_S)
+    assert store is ran.get(timeout=PATIENCE_S)
+
+
+def test_later_job_gives_way_to_jobs() -> None:
+    """What was put off does not delay what somebody waits for."""
+    order: list[str] = []
+    done = threading.Event()
+
+    def put_off(*_: Any) -> None:
+        order.append("later")
+        done.set()
+
+    thread = StoreThread(dist.HashStore)
+    started = threading.Event()
+    thread.submit(_wait_for(started))
+    thread.submit(lambda *_: Later(None, put_off))
+    thread.submit(lambda *_: order.append("job"))
+    started.set()
+
+    assert done.wait(PATIENCE_S)
+    assert ["job", "later"] == order
+
+
+def test_later_jobs_without_a_pause_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is never idle turns to what was put off before it becomes too much."""
+    monkeypatch.setattr(_store_thread, "MOST_LATER", 3)
+    thread = StoreThread(dist.HashStore)
+    started = threading.Event()
+    waiting = 0
+    most = 0
+
+    def put_off(*_: Any) -> Later:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        return Later(None, catch_up)
+
+    def catch_up(*_: Any) -> None:
+        nonlocal waiting
+        waiting -= 1
+
+    thread.submit(_wait_for(started))
+    for _ in range(20):
+        thread.submit(put_off)
+    started.set()
+    thread.call(lambda *_: None, PATIENCE_S)
+
+    assert most <= 5
+
+
+def test_later_job_error_is_logged_and_harmless(caplog: pytest.LogCaptureFixture) -> None:
+    """When the store is gone, what was put off is dropped, with a line for those who look."""
+    caplog.set_level(logging.DEBUG, "collective_scope")
+    thread = StoreThread(dist.HashStore)
+    began, ran = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def fail(*_: Any) -> None:
+        began.set()
+        msg = "connection reset"
+        raise RuntimeError(msg)
+
+    started = threading.Event()
+    thread.submit(_wait_for(started))
+    thread.submit(lambda *_: Later(None, fail))
+    thread.submit(lambda *_: Later(None, lambda *_: order.append("dropped")))
+    started.set()
+
+    assert began.wait(PATIENCE_S)
+    assert 1 == thread.call(lambda *_: 1, PATIENCE_S)
+    assert 2 == thread.call(lambda *_: Later(2, lambda *_: ran.set()), PATIENCE_S)
+    assert ran.wait(PATIENCE_S)
+    assert [] == order
+    assert ["a store call that was put off failed: connection reset"] == caplog.messages
+
+
+def test_thread_ends_when_nobody_can_ask_it_any_more() -> None:
+    """Dropping the last reference ends the thread."""
+    thread = StoreThread(dist.HashStore)
+    worker = thread.call(_current_thread, PATIENCE_S)
+    del thread
+    gc.collect()
+    worker.join(PATIENCE_S)
+
+    assert not worker.is_alive()
+
+
+def test_thread_left_in_a_call_ends_after_it() -> None:
+    """A thread that was left behind in a call ends when the call comes back."""
+    thread, release = StoreThread(dist.HashStore), threading.Event()
+    worker = thread.call(_current_thread, PATIENCE_S)
+    with pytest.raises(TimeoutError):
+        thread.call(_wait_for(release), 0.01)
+    del thread
+    gc.collect()
+
+    assert worker.is_alive()
+
+    release.set()
+    worker.join(PATIENCE_S)
+
+    assert not worker.is_alive()
+
+
+def test_thread_at_rest_keeps_nothing_of_its_last_job_alive() -> None:
+    """What a job used and returned can go while the thread waits for the next one."""
+
+    class Thing:
+        pass
+
+    thread = StoreThread(dist.HashStore)
+    thing = Thing()
+    gone = threading.Event()
+    weakref.finalize(thing, gone.set)
+    replies = thread.submit(lambda *_, thing=thing: thing)
+
+    assert thing is replies.get(timeout=PATIENCE_S).value
+
+    del thing, replies
+
+    assert gone.wait(PATIENCE_S)
+    assert 1 == thread.call(lambda *_: 1, PATIENCE_S)
+
+
+_WAITING_PROGRAM = """
+import threading, time
+from datetime import timedelta
+import torch.distributed as dist
+from collective_scope._store_thread import StoreThread
+
+store = dist.HashStore()
+waiting, idle = StoreThread(lambda: store), StoreThread(lambda: store)
+started = threading.Event()
+waiting.submit(lambda store, tell: (started.set(), store.wait(["never"], timedelta(seconds=%s))))
+idle.call(lambda *_: None, 10.0)
+started.wait(10.0)
+print("through")
+"""
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param("0.3", id="comes-back-at-the-end"), pytest.param("1000", id="never-comes-back")],
+)
+def test_threads_at_the_end_of_a_process_do_not_keep_or_crash_it(seconds: str) -> None:
+    """A process ends in peace, and soon, whatever its threads are waiting for."""
+    result = run_script("-c", _WAITING_PROGRAM % seconds, timeout=60.0)
+
+    assert ("through\n", "") == (result.stdout, result.stderr)
