@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -67,6 +69,26 @@ def wait_until(is_true: Callable[[], bool], timeout: float = PATIENCE_S) -> bool
 
 
 @contextlib.contextmanager
+def interrupted_when(is_time: Callable[[], bool]) -> Iterator[None]:
+    """Send this process's main thread, which runs the block, a SIGINT as soon as *is_time*."""
+
+    def interrupt() -> None:
+        if wait_until(is_time):
+            signal.pthread_kill(main_thread, signal.SIGINT)
+
+    main_thread = threading.get_ident()
+    thread = threading.Thread(target=interrupt)
+    # A process that was started in the background may have been told to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def barriers_as_groups() -> Iterator[None]:
     """
     Let `collective_scope` take a `Barrier` as its group.
@@ -92,8 +114,11 @@ def meet(
     world_size: int, fn: Callable[[int, Barrier, Sequencer], Any], *, timeout: float = 60.0, **options: Any
 ) -> list[Any]:
     """Call *fn* on each rank, a thread, with a barrier of its own; return what it returned."""
+    kept: list[Barrier] = []  # a group that one rank destroys early is over for ranks that have not come to it yet
 
     def run(rank: int, store: dist.HashStore, sequencer: Sequencer) -> Any:
-        return fn(rank, barrier_of(store, rank, world_size, **options), sequencer)
+        barrier = barrier_of(store, rank, world_size, **options)
+        kept.append(barrier)
+        return fn(rank, barrier, sequencer)
 
     return values(run_threads(world_size, run, timeout=timeout))

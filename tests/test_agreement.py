@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from collective_scope import (
 )
 from collective_scope._barrier import Barrier
 from tests.ranks import Sequencer
-from tests.stores import HookedStore, barrier_of, barriers_as_groups, meet, wait_until
+from tests.stores import PATIENCE_S, HookedStore, barrier_of, barriers_as_groups, interrupted_when, meet, wait_until
 
 
 LONG_S = 120.0
@@ -156,16 +155,13 @@ def test_scope_interrupted_at_the_entry_cleans_up_and_goes_on_as_itself() -> Non
     barrier.in_step = False
     ran: list[str] = []
 
-    def interrupt() -> None:
-        if wait_until(lambda: store.check(["collective_scope/2/0/rank/0"])):
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    scope = collective_scope(barrier, timeout=SOON_S, cleanups=[lambda: ran.append("cleanup")])  # type: ignore[arg-type]
-    thread.start()
-    with pytest.raises(KeyboardInterrupt), scope:
+    scope = collective_scope(barrier, timeout=PATIENCE_S, cleanups=[lambda: ran.append("cleanup")])  # type: ignore[arg-type]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        interrupted_when(lambda: store.check(["collective_scope/2/0/rank/0"])),
+        scope,
+    ):
         ran.append("body")
-    thread.join(SOON_S)
 
     assert ["cleanup"] == ran
     assert "left" in repr(scope)

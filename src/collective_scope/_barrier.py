@@ -19,7 +19,7 @@ import attrs
 from . import _report
 from ._lookout import CHECK_S, LINGER_S, Lookout, warning_times
 from ._outcome import Outcome, Record, Verdict, judge
-from ._process import Place, me
+from ._process import NOBODY, Place, me
 from ._protocol import Protocol
 from ._store_thread import Done, Failed, Job, StoreThread
 from ._watcher import Watcher
@@ -62,6 +62,8 @@ class Barrier:
     """How many scopes this rank has entered."""
     _round: int = attrs.field(default=0, init=False)
     _protocol: Protocol = attrs.field(init=False)
+    _gone: RuntimeError | None = attrs.field(default=None, init=False)
+    """Why there is no store any more."""
     _thread: StoreThread | None = attrs.field(default=None, init=False)
     _helper: StoreThread | None = attrs.field(default=None, init=False)
 
@@ -87,10 +89,12 @@ class Barrier:
         self._round += 1
         if self.world_size == 1:
             return judge({0: mine}, mine, 1)
+        self.in_step = False
+        if self._gone is not None:
+            return self._unreachable(mine, 0.0, self._gone)
         now = time.monotonic()
         deadline = now + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
         lookout = Lookout(self._protocol, mine, now, deadline, heartbeat_timeout)
-        self.in_step = False
         try:
             verdict = self._await(lookout, failure_timeout)
         except BaseException as interrupt:
@@ -109,13 +113,18 @@ class Barrier:
 
         Does not wait for the store: a frozen one must not delay the cleanups.
         """
-        if self.world_size > 1:
+        if self.world_size > 1 and self._gone is None:
             self._ask(functools.partial(self._protocol.publish, attrs.evolve(self._mine(mine), arrived=False)))
 
     def greet(self) -> None:
-        """Tell the peers which process this is, at the first scope, without waiting for the store."""
-        if self.world_size > 1 and self._thread is None:
-            self._ask(lambda *_: None)
+        """
+        Tell the peers, at the first scope, which process this is.
+
+        From then on they can tell where it is, and whether it is gone; so this
+        waits for the store, but not for long.
+        """
+        if self.world_size > 1 and self._thread is None and self._gone is None:
+            _get(self._ask(lambda *_: None), time.monotonic() + GRACE_S)
 
     def survey(self, mine: Record) -> dict[int, Place]:
         """Return where the other ranks are, as far as that can be said within a second or two."""
@@ -134,18 +143,24 @@ class Barrier:
     def _mine(self, record: Record) -> Record:
         return attrs.evolve(record, round=self._round, process=me())
 
-    def _new_thread(self) -> StoreThread:
+    def _new_thread(self, farewell: Job | None = None) -> StoreThread:
         # Not a method: a thread that refers to this object would keep it, and itself, alive.
         connect, protocol = self.connect, self._protocol
-        return StoreThread(lambda: protocol.join(connect()))
+        return StoreThread(lambda: protocol.join(connect()), farewell)
+
+    def _leave_thread_behind(self) -> None:
+        if self._thread is not None:
+            self._thread.leave_behind()
+        self._thread = None
 
     def _ask(self, job: Job) -> SimpleQueue[Any]:
         if self._thread is None:
-            self._thread = self._new_thread()
+            # Where a rank hosts the store, it ends with the group: there will be no other life.
+            self._thread = self._new_thread(self._protocol.end if self.server is None else None)
         return self._thread.submit(job)
 
     def _await(self, lookout: Lookout, failure_timeout: float) -> Verdict:
-        replies = self._ask(functools.partial(self._protocol.attend, lookout.mine, lookout.read))
+        replies = self._ask(functools.partial(self._protocol.attend, lookout.mine, lookout.wait))
         reply = _get(replies, lookout.start + CHECK_S)
         if not isinstance(reply, Done | Failed):
             self._helper = self._helper or self._new_thread()
@@ -159,7 +174,8 @@ class Barrier:
                 self._warn_if_blind(lookout, warn_at)
                 warn_at = next(warnings)
             # The lookout ends the wait; this bound holds when the store keeps it from doing so.
-            limit = (lookout.read[0][1] + LINGER_S if lookout.read else lookout.deadline) + GRACE_S
+            read = lookout.wait.read
+            limit = (read[1] + LINGER_S if read is not None else lookout.deadline) + GRACE_S
             if time.monotonic() > limit:
                 self._helper = None
                 return self._without_store(lookout, TimeoutError())
@@ -177,9 +193,15 @@ class Barrier:
             logger.warning("%s", _report.waiting_blindly(lookout.mine.scope, self.rank, waited))
 
     def _without_store(self, lookout: Lookout, error: Exception) -> Verdict:
-        self._thread = None
-        if lookout.read:
-            return lookout.read[0][0]  # only confirmations of peers were missing
+        """Choose what to go by when the thread in the store does not come back with a verdict."""
+        lookout.wait.gave_up = True
+        self._leave_thread_behind()
+        if lookout.wait.read is not None:
+            return lookout.wait.read[0]  # only confirmations of peers were missing
+        if lookout.decided is not None:
+            return lookout.decided
+        if isinstance(error, RuntimeError):
+            self._gone = error
         return self._unreachable(lookout.mine, time.monotonic() - lookout.start, error)
 
     def _stop_waiting(self, mine: Record, interrupt: BaseException) -> Verdict:
@@ -187,7 +209,7 @@ class Barrier:
         if mine.outcome.ok:
             mine = attrs.evolve(mine, outcome=Outcome.of(interrupt, "barrier"))
         reason = _report.stopped_waiting(self.rank, interrupt)
-        self._thread = None
+        self._leave_thread_behind()
         self._helper = self._helper or self._new_thread()
         try:
             verdict: Verdict = self._helper.call(
@@ -202,7 +224,9 @@ class Barrier:
     def _unreachable(self, mine: Record, waited: float, error: Exception) -> Verdict:
         """No store, so no agreement: what this rank alone can say."""
         gone = not isinstance(error, TimeoutError)
-        lost = (self.server,) if gone and self.server not in (None, self.rank) else ()
+        # Which process hosts the store is known if that process said so.
+        server = self.server if self.watcher is None or self.watcher.server is not NOBODY else None
+        lost = (server,) if gone and server is not None and server != self.rank else ()
         return Verdict(
             scope=mine.scope,
             sequence=mine.sequence,
@@ -213,7 +237,7 @@ class Barrier:
             missing=tuple(rank for rank in range(self.world_size) if rank != self.rank and rank not in lost),
             lost=lost,
             timeout=waited,
-            reason=_report.store_trouble(self.server, waited, error if gone else None),
+            reason=_report.store_trouble(server, waited, error if gone else None),
         )
 
 

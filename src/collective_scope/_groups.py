@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ._barrier import Barrier
 from ._plain_barrier import PlainBarrier
+from ._process import listens_on
 from ._watcher import Watcher
 
 
@@ -65,7 +66,7 @@ os.register_at_fork(after_in_child=_forget)
 
 def alone() -> Barrier:
     """Return the barrier of a rank that has no peers."""
-    return Barrier(connect=_no_store, rank=0, world_size=1)
+    return Barrier(connect=dist.HashStore, rank=0, world_size=1)
 
 
 def find_barrier(group: GroupLike) -> tuple[AnyBarrier, object] | None:
@@ -81,7 +82,8 @@ def find_barrier(group: GroupLike) -> tuple[AnyBarrier, object] | None:
     if callable(group):
         group = group()
     if group is None:
-        return _of_process_group(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return None if world is None else _of_process_group(world)
     if isinstance(group, int):
         if group != dist.GroupMember.NON_GROUP_MEMBER:
             msg = f"{ACCEPTED} (got {group!r})"
@@ -141,9 +143,7 @@ def synchronize_accelerator() -> None:
         torch.accelerator.synchronize()
 
 
-def _of_process_group(group: ProcessGroup | None) -> tuple[Barrier, object] | None:
-    if group is None:
-        return None
+def _of_process_group(group: ProcessGroup) -> tuple[Barrier, object]:
     if is_destroyed(group):
         msg = "group was destroyed, or belongs to an earlier init_process_group"
         raise ValueError(msg)
@@ -173,7 +173,7 @@ def _watcher(store: Store, connect: Callable[[], Store]) -> Watcher:
     key = (os.getpid(), base.host, base.port) if isinstance(base, dist.TCPStore) else (os.getpid(), id(base))
     watcher = _watchers.get(key)
     if watcher is None:
-        hosts = _by_rank_0(base) and dist.get_rank() == 0
+        hosts = isinstance(base, dist.TCPStore) and listens_on(base.port)
         watcher = _watchers[key] = Watcher(connect, store if hosts else None)
     return watcher
 
@@ -185,11 +185,6 @@ def _clone(ref: weakref.ref[Store]) -> Store:
         raise RuntimeError(msg)
     # A client of its own: one connection has one lock, which a waiting thread holds.
     return cast("Store", store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
-
-
-def _no_store() -> Store:
-    msg = "a group of one rank has no use for a store"
-    raise AssertionError(msg)
 
 
 def _server(store: Store, ranks: list[int]) -> int | None:

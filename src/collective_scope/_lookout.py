@@ -17,7 +17,7 @@ import attrs
 from . import _report
 from ._outcome import Record, Verdict, judge
 from ._process import Place, Process
-from ._protocol import Protocol
+from ._protocol import Protocol, Wait
 from ._store_thread import ABSENT, Tell, peek
 from ._watcher import view
 
@@ -41,6 +41,9 @@ PAUSE_S = 0.02
 LINGER_S = 5.0
 """How long the rank that hosts the store waits for peers to confirm that they have read the verdict."""
 
+GONE_LINGER_S = 0.5
+"""The same, when a peer has ended: it may have confirmed, and another may be about to."""
+
 WARNINGS_S = (10.0, 30.0, 60.0, 120.0)
 """When a waiting rank logs who is missing; then again every `WARNINGS_S[-1]` seconds."""
 
@@ -63,8 +66,9 @@ class Lookout:
     start: float
     deadline: float
     heartbeat_timeout: float
-    read: list[tuple[Verdict, float]] = attrs.field(factory=list, init=False)
-    """The verdict and when it was read, if this rank hosts the store and peers have not confirmed yet."""
+    wait: Wait = attrs.field(factory=Wait, init=False)
+    decided: Verdict | None = attrs.field(default=None, init=False)
+    """The verdict, if it was this lookout that ended the wait."""
     over: bool = attrs.field(default=False, init=False)
     """Set by the waiting thread when it waits no more."""
     looked_at: float = attrs.field(default=0.0, init=False)
@@ -80,8 +84,8 @@ class Lookout:
         warn_at = next(warnings)
         while not self.over:
             self.looked_at = now = time.monotonic()
-            if self.read:
-                if now >= self.read[0][1] + LINGER_S:
+            if self.wait.read is not None:
+                if self._has_lingered(now):
                     store.set(f"{self.mine.round}/empty", "")
                     return
             elif self._look(store, now):
@@ -106,20 +110,29 @@ class Lookout:
 
     def _look(self, store: Store, now: float) -> bool:
         """Refresh what is known of missing ranks; end the wait if there is a reason. Return whether there was."""
+        self._records |= self.protocol.records(store, self._missing())
         missing = self._missing()
-        self._records |= self.protocol.records(store, missing)
-        missing = self._missing()
-        lost = [rank for rank in missing if self._is_lost(store, rank, now)]
+        # A rank that has arrived does not leave before there is a verdict: if its process is gone, it is lost too.
+        others = [rank for rank in range(self.protocol.world_size) if rank != self.protocol.rank]
+        lost = [rank for rank in others if self._is_lost(store, rank, now, beats=rank in missing)]
         if not lost and now < self.deadline:
             if now >= self.deadline - ASK_S and not self._asked:
                 self._ask(store, missing)
             return False
-        where = self._locate(store, missing)
+        where = self._locate(store, {*missing, *lost})
+        lost = [rank for rank in others if rank in lost or (rank in where and where[rank].has_ended)]
         for rank, place in where.items():
             if place.stacks:
                 logger.warning("%s", _report.stacks(rank, place))
-        self.protocol.close(self.mine, store, waited=now - self.start, lost=tuple(lost), where=where)
+        self.decided = self.protocol.close(self.mine, store, waited=now - self.start, lost=tuple(lost), where=where)
         return True
+
+    def _has_lingered(self, now: float) -> bool:
+        """Whether peers that have not confirmed had their time; those that are gone never will."""
+        assert self.wait.read is not None  # noqa: S101  (for the type checker)
+        verdict, since = self.wait.read
+        gone = any(process.has_ended for rank in verdict.arrived if (process := self._process(rank)) is not None)
+        return now >= since + (GONE_LINGER_S if gone else LINGER_S)
 
     def _missing(self) -> list[int]:
         t = self.mine.round
@@ -129,11 +142,11 @@ class Lookout:
     def _process(self, rank: int) -> Process | None:
         return self._records[rank].process if rank in self._records else None
 
-    def _is_lost(self, store: Store, rank: int, now: float) -> bool:
+    def _is_lost(self, store: Store, rank: int, now: float, *, beats: bool) -> bool:
         process = self._process(rank)
         if process is None:
             return False
-        if process.is_here:
+        if process.is_here or not beats:
             return process.has_ended
         beat = peek(view(store), f"{process.key}/beat")
         if beat != self._beats.get(rank, ("", 0.0))[0]:

@@ -209,7 +209,7 @@ def judge(
     *,
     timeout: float = 0.0,
     reason: str = "",
-    lost: Iterable[int] = (),
+    lost: tuple[int, ...] = (),
     where: Mapping[int, Place] = NOWHERE,
 ) -> Verdict:
     """
@@ -221,13 +221,12 @@ def judge(
         world_size: Number of ranks.
         timeout: Seconds that this rank has waited.
         reason: Why the round ends before all have arrived, if not for a timeout.
-        lost: Ranks that are known to be gone; those that had arrived do not count.
+        lost: Ranks that are known to be gone.
         where: Where missing and lost ranks are.
     """
     told = {rank: r for rank, r in sorted(records.items()) if r.round == mine.round}
     arrived = {rank: r for rank, r in told.items() if r.arrived}
     mismatch = len({(r.stage, r.scope, r.sequence) for r in arrived.values()}) > 1
-    gone = [rank for rank in lost if rank not in arrived]
     lists = {rank: r.cleanups for rank, r in arrived.items()}
     agreed = agree(lists.values())
     return Verdict(
@@ -239,16 +238,22 @@ def judge(
         outcomes={rank: r.outcome for rank, r in told.items()},
         arrived=arrived,
         # At a mismatch, a loss or an interrupt, nobody waited for the ranks that are not here yet.
-        missing=() if mismatch or gone or reason else [rank for rank in range(world_size) if rank not in arrived],
-        lost=gone,
-        where={rank: place for rank, place in where.items() if rank not in arrived},
-        names={rank: (r.scope, r.sequence) for rank, r in arrived.items()} if mismatch else {},
+        missing=() if mismatch or lost or reason else [rank for rank in range(world_size) if rank not in arrived],
+        lost=lost,
+        where={rank: place for rank, place in where.items() if rank in lost or rank not in arrived},
+        names={rank: (_place(r, told.values()), r.sequence) for rank, r in arrived.items()} if mismatch else {},
         cleanups=lists if len(set(lists.values())) > 1 else {},
         agreed=agreed,
         pending=any(lists.values()),
         timeout=timeout,
         reason=reason,
     )
+
+
+def _place(record: Record, records: Iterable[Record]) -> str:
+    """Name where a rank arrived: its scope, and the stage where that is what tells ranks apart."""
+    stages = {each.stage for each in records}
+    return record.scope if len(stages) == 1 else f"{record.scope} ({record.stage})"
 
 
 def agree(lists: Iterable[tuple[tuple[str, str], ...]]) -> tuple[str, ...]:
@@ -275,7 +280,7 @@ def message_of(exc: BaseException) -> str:
     """Return ``str(exc)``, or why there is none."""
     try:
         return str(exc)
-    except Exception as broken:
+    except BaseException as broken:
         return f"<its str() raised {type_name(broken)}>"
 
 

@@ -7,6 +7,7 @@ machine it sees nothing. Knows nothing of torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -100,6 +101,11 @@ class Place:
     stacks: str = ""
     silence: float = 0.0
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is known to run no more."""
+        return self.state.startswith(("gone", "exited"))
+
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Place:
         """Make one of what JSON has made of it."""
@@ -119,6 +125,22 @@ def _of(pid: int) -> Process:
     except OSError:  # not Linux: peers see nothing, and say so
         machine = ""
     return Process(socket.gethostname(), pid, int(fields[19]) if fields else 0, machine)
+
+
+def listens_on(port: int) -> bool:
+    """Whether this process serves a TCP port."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        inodes |= {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    links = []
+    for fd in Path("/proc/self/fd").iterdir() if inodes else ():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(fd))  # noqa: PTH115
+    return any(f"socket:[{inode}]" in links for inode in inodes)
 
 
 def _stat(pid: int) -> list[str]:

@@ -21,7 +21,7 @@ that no other life of the group uses:
     The verdict, where there is something to report. The first writer wins.
 ``{t}/seen``
     How many ranks have seen the news, and in the upper bits how many have read
-    the verdict. `_SPOILED` is added before anything but ``ok`` becomes news, so
+    the verdict, and how many gave up before. `_SPOILED` is added before anything but ``ok`` becomes news, so
     that on the healthy path one call both reads the verdict and confirms it.
 ``{t}/empty``
     Set when all have read. The rank whose process hosts the store waits for it.
@@ -55,10 +55,25 @@ _FAILED = 1 << 16
 _PENDING = 1 << 32
 _READ = 1 << 16
 _SPOILED = 1 << 32
+_GAVE_UP = 1 << 48
 
 
 FOREVER = timedelta(days=1)
 """The bound of a wait is its caller's, who ends the round, and with it the wait."""
+
+
+@attrs.define(eq=False)
+class Wait:
+    """
+    What the thread that waits in the store shares with the one that waits for it.
+
+    Attributes:
+        read: The verdict and when it was read, on a rank that now waits for confirmations of its peers.
+        gave_up: Set when nobody waits for the thread any more: it must not confirm anything.
+    """
+
+    read: tuple[Verdict, float] | None = None
+    gave_up: bool = False
 
 
 @attrs.define(eq=False)
@@ -76,6 +91,7 @@ class Protocol:
     world_size: int
     server: int | None
     _seat: str = attrs.field(factory=lambda: uuid4().hex, init=False)
+    _life: str = attrs.field(default="", init=False)
     _order: tuple[int, int] = attrs.field(default=(-1, 0), init=False)
     """Sequence of the last scope that failed here, and the place of its failure among all ranks'."""
 
@@ -86,21 +102,49 @@ class Protocol:
         A store may outlive its groups: under torchrun, a second
         ``init_process_group`` finds the keys of the first. Each rank takes its
         seat in the newest life; a seat that is taken was taken in an earlier
-        one, so that one is over and the next one begins.
+        one, so that one is over and the next one begins. A rank that never took
+        a seat in the earlier one relies on its peers to `end` it.
         """
         store = PrefixStore(f"collective_scope/{self.world_size}", store)
+        if self._life:  # another thread of this rank has joined
+            return PrefixStore(self._life, store)
         life = set_first(store, "life", "0")
         while set_first(store, f"{life}/seat/{self.rank}", self._seat) != self._seat:
             life = store.compare_set("life", life, str(int(life) + 1)).decode()
+        self._life = life
         store = PrefixStore(life, store)
-        if peek(store, f"rank/{self.rank}") == ABSENT:
-            # From now on peers know which process this rank is, wherever it gets stuck.
-            store.set(f"rank/{self.rank}", Record(-1, "", "", -1, arrived=False, process=me()).encode())
+        # From now on peers know which process this rank is, wherever it gets stuck.
+        set_first(store, f"rank/{self.rank}", Record(-1, "", "", -1, arrived=False, process=me()).encode())
         return store
 
-    def attend(self, mine: Record, read: list[tuple[Verdict, float]], store: Store, tell: Tell) -> Verdict | Later:
-        """Arrive, wait, read, confirm; where that takes confirmations of peers, put the verdict into *read* first."""
+    def end(self, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
+        """End this life of the group, which has been destroyed here, unless that has been done."""
+        store.underlying_store.compare_set("life", self._life, str(int(self._life) + 1))  # type: ignore[attr-defined]
+
+    def attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later:
+        """Arrive, wait, read, confirm."""
         t, head = mine.round, _head(mine)
+        self._arrive(mine, head, store, tell)
+        if wait.gave_up:
+            return self._give_up(mine, store)
+        seen = store.add(f"{t}/seen", 1)
+        spoiled = seen >= _SPOILED
+        news = peek(store, f"{t}/news") if spoiled else "ok"
+        if news == "ok":
+            verdict, readers = _all_ok(mine, self.world_size), seen & _FIELD
+        else:
+            verdict = self._read(mine, news, store, tell)
+            readers = store.add(f"{t}/seen", _READ) // _READ & _FIELD
+        if self.server is not None:
+            verdict = self._see_off(mine, verdict, readers, wait, store)
+        keys = self._garbage(verdict, readers, spoiled=spoiled)
+        if keys or verdict.names:  # at a mismatch, nobody else may know of this one
+            keys.append(f"count/{head}")
+        return Later(verdict, functools.partial(_remove, [f"{t}/{key}" for key in keys])) if keys else verdict
+
+    def _arrive(self, mine: Record, head: str, store: Store, tell: Tell) -> None:
+        """Tell *mine*, be counted, and come back when there is news."""
+        t = mine.round
         flags = _PENDING if mine.cleanups else 0
         if mine.outcome.ok:
             store.set(f"rank/{self.rank}", mine.encode())
@@ -115,23 +159,27 @@ class Protocol:
             self.close(mine, store)
         else:
             store.wait([f"{t}/news"], FOREVER)
-        seen = store.add(f"{t}/seen", 1)
-        if seen < _SPOILED:
-            verdict, readers = _all_ok(mine, self.world_size), seen
-        else:
-            verdict = self._read(mine, store, tell)
-            readers = store.add(f"{t}/seen", _READ) // _READ & _FIELD
-        if self.server is not None:
-            # The process that hosts the store may end right after the scope, but not before its peers have read.
-            if readers == len(verdict.arrived):
-                store.set(f"{t}/empty", "")
-            elif readers < len(verdict.arrived) and self.rank == self.server:
-                read.append((verdict, time.monotonic()))
-                store.wait([f"{t}/empty"], FOREVER)
-        keys = self._garbage(verdict, readers, spoiled=seen >= _SPOILED)
-        if keys or verdict.names:  # at a mismatch, nobody else may know of this one
-            keys.append(f"count/{head}")
-        return Later(verdict, functools.partial(_remove, [f"{t}/{key}" for key in keys])) if keys else verdict
+
+    def _see_off(self, mine: Record, verdict: Verdict, readers: int, wait: Wait, store: Store) -> Verdict:
+        """Let the process that hosts the store go, but not before its peers have read the verdict."""
+        expected = len(set(verdict.arrived) - set(verdict.lost))
+        if readers == expected:
+            store.set(f"{mine.round}/empty", "")
+        elif readers < expected and self.rank == self.server:
+            wait.read = (verdict, time.monotonic())
+            store.wait([f"{mine.round}/empty"], FOREVER)
+            if int(peek(store, f"{mine.round}/seen")) >= _GAVE_UP:
+                # The store had been frozen for so long that peers raised without a verdict.
+                return Verdict.decode(peek(store, f"{mine.round}/verdict"))
+        return verdict
+
+    def _give_up(self, mine: Record, store: Store) -> Verdict:
+        """Nobody waits for this verdict any more: this rank has raised, so no other may leave in peace."""
+        reason = f"rank {self.rank} gave up, because the store did not answer in time"
+        verdict = self.close(mine, store, reason=reason)
+        store.add(f"{mine.round}/seen", _GAVE_UP)
+        store.set(f"{mine.round}/empty", "")
+        return verdict
 
     def _garbage(self, verdict: Verdict, readers: int, *, spoiled: bool) -> list[str]:
         """Return the keys that this rank is to remove when it has read *verdict*."""
@@ -141,11 +189,8 @@ class Protocol:
             return []
         return ["head", "news", "seen", *["verdict"] * spoiled, *["empty"] * (self.server is not None)]
 
-    def _read(self, mine: Record, store: Store, tell: Tell) -> Verdict:
-        """Return the verdict of a round in which there may be more to say than ``ok``."""
-        news = peek(store, f"{mine.round}/news")
-        if news == "ok":
-            return _all_ok(mine, self.world_size)
+    def _read(self, mine: Record, news: str, store: Store, tell: Tell) -> Verdict:
+        """Return the verdict of a round in which there is more to say than ``ok``."""
         if news == "failed":
             tell("failed")
             store.wait([f"{mine.round}/verdict"], FOREVER)

@@ -105,7 +105,12 @@ def cleanups_differ(verdict: Verdict) -> str:
 
 def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
     """Introduce the traceback in the log of the rank that failed."""
-    return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; its peers are told now"
+    told = (
+        "after the barrier, so its peers are not told"
+        if phase.startswith("after_barrier")
+        else "its peers are told now"
+    )
+    return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; {told}"
 
 
 def attached(exc: BaseException, phase: str) -> str:
@@ -124,8 +129,8 @@ def stopped_waiting(rank: int, exc: BaseException) -> str:
 
 
 def store_trouble(server: int | None, waited: float, error: Exception | None) -> str:
-    """Say that the store cannot be reached, and who hosted it."""
-    host = f"hosted by rank {server}" if server is not None else "hosted outside of the group"
+    """Say that the store cannot be reached, and which rank hosted it, if one did."""
+    host = f"hosted by rank {server}" if server is not None else "hosted by another process"
     if error is None:
         return (
             f"The group's store ({host}) has not answered for {waited:.1f} s: its process is stopped, or cut off.\n"
@@ -202,7 +207,7 @@ def _places(verdict: Verdict, ranks: Iterable[int], title: str) -> list[str]:
 
 
 def _place(place: Place) -> str:
-    if place.state.startswith(("gone", "exited")):
+    if place.has_ended:
         return f"{place.process}, {place.state}"
     state = f" ({place.state})" if place.state else ""
     if place.phase:

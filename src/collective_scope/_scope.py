@@ -335,7 +335,7 @@ class CollectiveScope:
 
         def leave() -> None:
             error = self._failures.body
-            cm.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+            cm.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
 
         self._register(self._cleanups, leave, _caller(), name=f"{type(cm).__qualname__}.__exit__")
         return value
@@ -435,7 +435,7 @@ class CollectiveScope:
             if body_error is not None:
                 self._fail("body", body_error)
                 if self._barrier is not None:
-                    self._barrier.publish(self._record("exit"))
+                    self._guard("telling the peers", functools.partial(self._barrier.publish, self._record("exit")))
             self._tear_down()
             error_of_scope = self._failures.surface(self.verdict, self._barrier.rank if self._barrier else 0)
         finally:

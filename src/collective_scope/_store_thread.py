@@ -37,8 +37,8 @@ IDLE_S = 0.02
 
 MOST_LATER = 1024
 
-EXIT_S = 1.0
-"""How long the end of the process waits for threads that are in a store call."""
+EXIT_S = 5.0
+"""How long the end of the process waits for threads that are in a store call; they come back at once, or never."""
 
 
 @attrs.frozen
@@ -69,17 +69,20 @@ class StoreThread:
 
     Args:
         connect: Called on the thread before its first job; returns the store it uses.
+        farewell: A job to run when nobody can ask the thread any more.
     """
 
-    def __init__(self, connect: Callable[[], Store]) -> None:
+    def __init__(self, connect: Callable[[], Store], farewell: Job | None = None) -> None:
         self._jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None] = SimpleQueue()
-        self._thread = threading.Thread(
-            target=_serve, args=(self._jobs, connect), name="collective_scope-store", daemon=True
-        )
-        self._thread.start()
+        jobs = self._jobs
+        start_thread("collective_scope-store", _serve, jobs, connect, stop=lambda: jobs.put(None))
         # The thread holds the queue, not this object, so it ends when nobody can ask it any more.
-        weakref.finalize(self, self._jobs.put, None).atexit = False
-        _running.add(self)
+        self._farewell = [] if farewell is None else [farewell]
+        weakref.finalize(self, _dismiss, self._jobs, self._farewell).atexit = False
+
+    def leave_behind(self) -> None:
+        """Say that the thread did not come back, and is not asked any more."""
+        self._farewell.clear()
 
     def submit(self, job: Job) -> SimpleQueue[Any]:
         """Start *job*; what it tells, and at last `Done` or `Failed`, appears in the returned queue."""
@@ -102,6 +105,12 @@ class StoreThread:
         if isinstance(last, Failed):
             raise last.error
         return last.value
+
+
+def _dismiss(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], farewell: list[Job]) -> None:
+    for job in farewell:
+        jobs.put((job, SimpleQueue()))
+    jobs.put(None)
 
 
 def _serve(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], connect: Callable[[], Store]) -> None:
@@ -144,7 +153,15 @@ def _catch_up(later: deque[Job], store: Store | None) -> None:
             later.clear()
 
 
-_running: weakref.WeakSet[StoreThread] = weakref.WeakSet()
+_stops: weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]] = weakref.WeakKeyDictionary()
+"""How to end each thread that makes store calls, for as long as it runs."""
+
+
+def start_thread(name: str, target: Callable[..., object], *args: Any, stop: Callable[[], object]) -> None:
+    """Start a daemon thread that the end of the process waits for, a short time, having called *stop*."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    _stops[thread] = stop
+    thread.start()
 
 
 @atexit.register
@@ -157,11 +174,11 @@ def _stop_all() -> None:
     called without an active exception").
     """
     deadline = time.monotonic() + EXIT_S
-    threads = list(_running)
-    for each in threads:
-        each._jobs.put(None)  # noqa: SLF001
-    for each in threads:
-        each._thread.join(max(0.0, deadline - time.monotonic()))  # noqa: SLF001
+    threads = list(_stops.items())
+    for _, stop in threads:
+        stop()
+    for thread, _ in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 ABSENT = "?"

@@ -16,7 +16,6 @@ and before it goes; ``started``, ``stopped``: how many watchers there are.
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
@@ -24,7 +23,6 @@ import sys
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +30,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from ._process import NOBODY, Place, Process, me
-from ._store_thread import ABSENT, peek
+from ._store_thread import ABSENT, peek, start_thread
 
 
 if TYPE_CHECKING:
@@ -133,54 +131,34 @@ class Watcher:
 
     def __init__(self, connect: Callable[[], Store], hosted: object = None) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=_watch, args=(connect, hosted, self._stop), name="collective_scope-watcher", daemon=True
-        )
-        self._thread.start()
+        self._server = [me() if hosted is not None else NOBODY]
+        start_thread("collective_scope-watcher", _watch, connect, hosted, self._stop, self._server, stop=self._stop.set)
 
-        _running.add(self)
+    @property
+    def server(self) -> Process:
+        """The process that hosts the store, if it has said so."""
+        return self._server[0]
 
-    def stop(self) -> None:
-        """Let the thread end, without waiting for it."""
+    def __del__(self) -> None:
         self._stop.set()
 
-    __del__ = stop
 
-    def join(self, timeout: float) -> None:
-        """Wait until the thread has ended, at most *timeout* seconds."""
-        self._thread.join(timeout)
-
-
-_running: weakref.WeakSet[Watcher] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_all() -> None:
-    """End the threads before the interpreter ends, for the reason given in ``_store_thread``."""
-    watchers = list(_running)
-    for each in watchers:
-        each.stop()
-    for each in watchers:
-        each.join(2 * CLOSING_S)
-
-
-def _watch(connect: Callable[[], Store], hosted: object, stop: threading.Event) -> None:
+def _watch(connect: Callable[[], Store], hosted: object, stop: threading.Event, server: list[Process]) -> None:
     try:
         store = view(connect())
         if hosted is not None:
             store.set("server", json.dumps(attrs.astuple(me())))
-        _answer(store, stop, is_server=hosted is not None)
+        _answer(store, stop, server, is_server=hosted is not None)
     except RuntimeError as error:  # torch's store errors: the store is gone
         logger.debug("the watcher ends: %s", error)
 
 
-def _answer(store: Store, stop: threading.Event, *, is_server: bool) -> None:
-    server = NOBODY
+def _answer(store: Store, stop: threading.Event, server: list[Process], *, is_server: bool) -> None:
     closing = peek(store, "closing")
     store.add("started", 1)
     key, asked, beats, next_beat = me().key, ABSENT, 0, 0.0
     # Once the process that hosts the store has ended, a call would fail, and torch would print a page about it.
-    while not stop.wait(POLL_S) and not server.has_ended:
+    while not stop.wait(POLL_S) and not server[0].has_ended:
         if time.monotonic() >= next_beat:
             beats, next_beat = beats + 1, time.monotonic() + BEAT_S
             store.set(f"{key}/beat", str(beats))
@@ -188,11 +166,11 @@ def _answer(store: Store, stop: threading.Event, *, is_server: bool) -> None:
         if now_asked != asked:
             asked = now_asked
             store.set(f"{key}/answer", json.dumps([int(asked), attrs.asdict(here())]))
-        if server is NOBODY and (text := peek(store, "server")) != ABSENT:
-            server = Process(*json.loads(text))
+        if server[0] is NOBODY and (text := peek(store, "server")) != ABSENT:
+            server[0] = Process(*json.loads(text))
         if peek(store, "closing") != closing:
             break
-    if not server.has_ended:
+    if not server[0].has_ended:
         _leave_store(store, key, is_server=is_server)
 
 
