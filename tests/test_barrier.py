@@ -440,7 +440,7 @@ def test_barrier_store_that_hangs_is_bounded(method: str, thawed: threading.Even
     assert ((0, 2), (), False) == (verdict.missing, verdict.lost, barrier.in_step)
     assert {1: OK} == verdict.outcomes
     # Where only the wait hangs, the verdict is decided over another connection, and is the peers' too.
-    assert verdict.reason == "" or "(hosted by another process) has not answered" in verdict.reason
+    assert verdict.reason == "" or "(hosted outside of the group) has not answered" in verdict.reason
     assert (method == "wait") == (verdict.reason == "")
 
 

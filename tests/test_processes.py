@@ -963,18 +963,18 @@ for life in range(3):
         with collective_scope(name="failing", timeout=5):
             assert rank != 1
     except (PeerFailedError, AssertionError) as error:
-        print(f"{life} {rank} {type(error).__name__}", flush=True)
+        print(f"{life} {rank} {type(error).__name__}\\n", end="", flush=True)  # in one piece
     if rank == 1:
         try:
             with collective_scope(name="alone", timeout=0.2):
                 pass
         except BarrierTimeoutError as error:
-            print(f"{life} {rank} {type(error).__name__} {error.missing}", flush=True)
+            print(f"{life} {rank} {type(error).__name__} {error.missing}\\n", end="", flush=True)
     dist.destroy_process_group()
 dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
 with collective_scope(name="last", timeout=5) as scope:
     pass
-print(f"last {rank} {scope.verdict.ok}", flush=True)
+print(f"last {rank} {scope.verdict.ok}\\n", end="", flush=True)
 """
 
 

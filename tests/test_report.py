@@ -196,7 +196,7 @@ def test_lost_alone_says_only_that() -> None:
         pytest.param(
             None,
             RuntimeError("Connection\nreset"),
-            "The group's store (hosted by another process) is gone: RuntimeError: Connection reset",
+            "The group's store (hosted outside of the group) is gone: RuntimeError: Connection reset",
             id="gone",
         ),
     ],

@@ -19,10 +19,10 @@ import attrs
 from . import _report
 from ._lookout import CHECK_S, LINGER_S, Lookout, warning_times
 from ._outcome import Outcome, Record, Verdict, judge
-from ._process import NOBODY, Place, me
+from ._process import NOBODY, Place, Process, me
 from ._protocol import Protocol
-from ._store_thread import Done, Failed, Job, StoreThread
-from ._watcher import Watcher
+from ._store_thread import Done, Failed, Job, StoreThread, Tell
+from ._watcher import POLL_S, Watcher
 
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Barrier:
     """How many scopes this rank has entered."""
     _round: int = attrs.field(default=0, init=False)
     _protocol: Protocol = attrs.field(init=False)
+    _has_greeted: bool = attrs.field(default=False, init=False)
     _gone: RuntimeError | None = attrs.field(default=None, init=False)
     """Why there is no store any more."""
     _thread: StoreThread | None = attrs.field(default=None, init=False)
@@ -118,13 +119,17 @@ class Barrier:
 
     def greet(self) -> None:
         """
-        Tell the peers, at the first scope, which process this is.
+        Tell the peers, at the first scope, which process this is, and learn which one hosts the store.
 
-        From then on they can tell where it is, and whether it is gone; so this
-        waits for the store, but not for long.
+        From then on a rank can be said to be somewhere, or gone; so this
+        waits for the store and for rank 0, but not for long.
         """
-        if self.world_size > 1 and self._thread is None and self._gone is None:
-            _get(self._ask(lambda *_: None), time.monotonic() + GRACE_S)
+        if self.world_size > 1 and not self._has_greeted:
+            self._has_greeted = True
+            until = time.monotonic() + GRACE_S
+            _get(self._ask(lambda *_: None), until)
+            while self.watcher is not None and not self.watcher.server and time.monotonic() < until:
+                time.sleep(POLL_S / 20)
 
     def survey(self, mine: Record) -> dict[int, Place]:
         """Return where the other ranks are, as far as that can be said within a second or two."""
@@ -155,8 +160,7 @@ class Barrier:
 
     def _ask(self, job: Job) -> SimpleQueue[Any]:
         if self._thread is None:
-            # Where a rank hosts the store, it ends with the group: there will be no other life.
-            self._thread = self._new_thread(self._protocol.end if self.server is None else None)
+            self._thread = self._new_thread(functools.partial(_end_life, self._protocol, self._hosts()))
         return self._thread.submit(job)
 
     def _await(self, lookout: Lookout, failure_timeout: float) -> Verdict:
@@ -221,11 +225,17 @@ class Barrier:
             return self._unreachable(mine, 0.0, error)
         return verdict
 
+    def _hosts(self) -> list[Process]:
+        """Return what is known of the process that hosts the store; see `Watcher.server`."""
+        return self.watcher.server if self.watcher is not None else [NOBODY] if self.server is None else []
+
+    def _is_hosted_elsewhere(self) -> bool:
+        return self.server is None or NOBODY in self._hosts()
+
     def _unreachable(self, mine: Record, waited: float, error: Exception) -> Verdict:
         """No store, so no agreement: what this rank alone can say."""
         gone = not isinstance(error, TimeoutError)
-        # Which process hosts the store is known if that process said so.
-        server = self.server if self.watcher is None or self.watcher.server is not NOBODY else None
+        server = None if self._is_hosted_elsewhere() else self.server
         lost = (server,) if gone and server is not None and server != self.rank else ()
         return Verdict(
             scope=mine.scope,
@@ -247,3 +257,9 @@ def _get(replies: SimpleQueue[Any], until: float) -> Any:
         return replies.get(timeout=max(0.0, until - time.monotonic()))
     except Empty:
         return None
+
+
+def _end_life(protocol: Protocol, hosts: list[Process], store: Store, tell: Tell) -> None:
+    """End the life of a destroyed group in a store that outlives it; where a rank hosts the store, it does not."""
+    if NOBODY in hosts:
+        protocol.end(store, tell)

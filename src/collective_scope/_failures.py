@@ -124,7 +124,7 @@ def errors_of(verdict: Verdict, rank: int) -> list[CollectiveScopeError]:
         errors.append(ScopeMismatchError(_report.scopes_differ(verdict), verdict))
     if verdict.lost:
         errors.append(PeerLostError(_report.lost(verdict), verdict))
-    elif verdict.missing:
+    elif verdict.missing or (verdict.reason and not verdict.failures):
         errors.append(BarrierTimeoutError(_report.missing(verdict), verdict))
     others = [outcome for peer, outcome in verdict.failures.items() if peer != rank]
     mine = verdict.failures.get(rank)

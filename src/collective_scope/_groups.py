@@ -174,7 +174,7 @@ def _watcher(store: Store, connect: Callable[[], Store]) -> Watcher:
     watcher = _watchers.get(key)
     if watcher is None:
         hosts = isinstance(base, dist.TCPStore) and listens_on(base.port)
-        watcher = _watchers[key] = Watcher(connect, store if hosts else None)
+        watcher = _watchers[key] = Watcher(connect, store if hosts else None, is_first=dist.get_rank() == 0)
     return watcher
 
 

@@ -123,7 +123,7 @@ class Lookout:
         lost = [rank for rank in others if rank in lost or (rank in where and where[rank].has_ended)]
         for rank, place in where.items():
             if place.stacks:
-                logger.warning("%s", _report.stacks(rank, place))
+                logger.info("%s", _report.stacks(rank, place))
         self.decided = self.protocol.close(self.mine, store, waited=now - self.start, lost=tuple(lost), where=where)
         return True
 

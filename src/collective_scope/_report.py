@@ -51,8 +51,8 @@ def peers_failed(verdict: Verdict) -> str:
 
 def missing(verdict: Verdict) -> str:
     """Describe who did not come to the barrier, and where they are."""
-    who = _ranks(verdict, verdict.missing)
-    head = f"{who} of {verdict.world_size} missing{_at(verdict)} after {verdict.timeout:.1f} s"
+    who = f"{_ranks(verdict, verdict.missing)} of {verdict.world_size} missing" if verdict.missing else "no agreement"
+    head = f"{who}{_at(verdict)} after {verdict.timeout:.1f} s"
     lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
     lines.append(f"  {verdict.reason or MISSING_ADVICE}")
     return "\n".join(lines)
@@ -130,7 +130,7 @@ def stopped_waiting(rank: int, exc: BaseException) -> str:
 
 def store_trouble(server: int | None, waited: float, error: Exception | None) -> str:
     """Say that the store cannot be reached, and which rank hosted it, if one did."""
-    host = f"hosted by rank {server}" if server is not None else "hosted by another process"
+    host = f"hosted by rank {server}" if server is not None else "hosted outside of the group"
     if error is None:
         return (
             f"The group's store ({host}) has not answered for {waited:.1f} s: its process is stopped, or cut off.\n"

@@ -45,6 +45,9 @@ POLL_S = 0.2
 
 BEAT_S = 1.0
 
+HURRY_S = 1.0
+"""How long a new watcher looks more often, to learn which process hosts the store."""
+
 CLOSING_S = 0.5
 """How long the process that hosts the store waits for the watchers of others to stop."""
 
@@ -127,27 +130,33 @@ class Watcher:
     Args:
         connect: Returns a client of the store, without prefix, for use on one thread.
         hosted: The store object, if this process hosts its server: it must outlast the watchers of others.
+        is_first: Whether this process is the one that hosts the store, if any rank's does.
     """
 
-    def __init__(self, connect: Callable[[], Store], hosted: object = None) -> None:
+    def __init__(self, connect: Callable[[], Store], hosted: object = None, *, is_first: bool = False) -> None:
         self._stop = threading.Event()
-        self._server = [me() if hosted is not None else NOBODY]
-        start_thread("collective_scope-watcher", _watch, connect, hosted, self._stop, self._server, stop=self._stop.set)
-
-    @property
-    def server(self) -> Process:
-        """The process that hosts the store, if it has said so."""
-        return self._server[0]
+        self.server: list[Process] = []
+        """The process that hosts the store, or `NOBODY` if none of the ranks' does; empty as long as that is unknown."""
+        start_thread(
+            "collective_scope-watcher", _watch, connect, hosted, self._stop, is_first, self.server, stop=self._stop.set
+        )
 
     def __del__(self) -> None:
         self._stop.set()
 
 
-def _watch(connect: Callable[[], Store], hosted: object, stop: threading.Event, server: list[Process]) -> None:
+def _watch(
+    connect: Callable[[], Store],
+    hosted: object,
+    stop: threading.Event,
+    is_first: bool,  # noqa: FBT001  (passed on by position)
+    server: list[Process],
+) -> None:
     try:
         store = view(connect())
-        if hosted is not None:
-            store.set("server", json.dumps(attrs.astuple(me())))
+        if is_first:
+            server.append(NOBODY if hosted is None else me())
+            store.set("server", json.dumps(attrs.astuple(server[0])))
         _answer(store, stop, server, is_server=hosted is not None)
     except RuntimeError as error:  # torch's store errors: the store is gone
         logger.debug("the watcher ends: %s", error)
@@ -157,8 +166,11 @@ def _answer(store: Store, stop: threading.Event, server: list[Process], *, is_se
     closing = peek(store, "closing")
     store.add("started", 1)
     key, asked, beats, next_beat = me().key, ABSENT, 0, 0.0
+    hurried = time.monotonic() + HURRY_S
     # Once the process that hosts the store has ended, a call would fail, and torch would print a page about it.
-    while not stop.wait(POLL_S) and not server[0].has_ended:
+    while not (server and server[0].has_ended):
+        if stop.wait(POLL_S if server or time.monotonic() > hurried else POLL_S / 10):
+            break
         if time.monotonic() >= next_beat:
             beats, next_beat = beats + 1, time.monotonic() + BEAT_S
             store.set(f"{key}/beat", str(beats))
@@ -166,11 +178,11 @@ def _answer(store: Store, stop: threading.Event, server: list[Process], *, is_se
         if now_asked != asked:
             asked = now_asked
             store.set(f"{key}/answer", json.dumps([int(asked), attrs.asdict(here())]))
-        if server[0] is NOBODY and (text := peek(store, "server")) != ABSENT:
-            server[0] = Process(*json.loads(text))
+        if not server and (text := peek(store, "server")) != ABSENT:
+            server.append(Process(*json.loads(text)))
         if peek(store, "closing") != closing:
             break
-    if not server[0].has_ended:
+    if not (server and server[0].has_ended):
         _leave_store(store, key, is_server=is_server)
 
 

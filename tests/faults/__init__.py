@@ -1,0 +1,1 @@
+"""Faults that real ranks survive: each is bounded, named, and seen by all."""
