@@ -46,3 +46,13 @@ def test_failing_rank_fails_one_subtest_on_all_ranks() -> None:
     ) in text
     assert "[rank 1] ERROR rank 1 of 2 failed in scope 'value-20', body; its peers are told now" in text
     assert "assert total.item() == expected" in text.partition("[rank 0] value-20 FAILED")[2]
+
+
+def test_straggler_is_located_by_its_peer() -> None:
+    """The peer's error names the stuck rank, its phase, and the line that it is in."""
+    text = "\n".join(lines_of("straggler.py"))
+
+    assert "[rank 0] BarrierTimeoutError: rank 1 of 2 missing at the exit of scope 'combine' after 2." in text
+    assert "in the body of scope 'combine' for 2." in text
+    assert "dist.all_reduce(value)" in text
+    assert "[rank 1] was freed when its peer left" in text

@@ -182,8 +182,11 @@ class Lookout:
             if process is None:
                 continue
             since = self._beats.get(rank, ("", self._asked_at))[1]
-            place = places.get(rank) or Place(process, silence=time.monotonic() - min(self._asked_at, since))
-            places[rank] = attrs.evolve(place, state=process.state())
+            now = time.monotonic()
+            place = places.get(rank) or Place(process, silence=now - min(self._asked_at, since))
+            # It was there when it was asked, which was a moment ago.
+            seconds = place.seconds + now - self._asked_at if place.phase else 0.0
+            places[rank] = attrs.evolve(place, state=process.state(), seconds=seconds)
         return places
 
 
