@@ -20,6 +20,10 @@ NATIVE_GRACE_S = 5.0
 """How long after the deadline a process ends whose interpreter is held by native code."""
 
 
+LEAVE_S = 2.0
+"""How long a rank that was at the barrier at the deadline has to leave the scope."""
+
+
 class Deadline:
     """
     Ends the process when a scope has not been left in time.
@@ -50,11 +54,15 @@ class Deadline:
 def _expire(stop: threading.Event, seconds: float, is_waiting: Callable[[], bool], explain: Callable[[], str]) -> None:
     if stop.wait(seconds):
         return
+    was_waiting = is_waiting()
     logger.critical("%s", explain())
     while is_waiting():
         faulthandler.cancel_dump_traceback_later()
         if stop.wait(0.1):
             return
+    # The wait at the barrier ends at the same moment; what follows it is still to be done.
+    if stop.wait(LEAVE_S if was_waiting else 0.0):
+        return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
