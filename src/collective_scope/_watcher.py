@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("collective_scope")
 
 POLL_S = 0.2
-"""How often a watcher looks whether it is asked; a quarter of a millisecond of work."""
+"""How often a watcher looks whether it is asked."""
 
 BEAT_S = 1.0
 
