@@ -188,15 +188,15 @@ def test_barrier_timeout_at_the_moment_the_last_rank_arrives_is_no_timeout(
 
     def hook(method: str, key: str) -> None:
         is_decider = threading.current_thread() in deciders
-        if (method, key) == ("compare_set", "rank/0"):  # rank 0 gathers what is known, to decide
+        if (method, key) == ("compare_set", "rank/1"):  # rank 0 gathers what is known, to decide
             deciders.append(threading.current_thread())
             deciding.set()
-        elif (method, key) == ("add", "0/seen") and is_decider:
+        elif method == "add" and key.startswith("0/count/") and is_decider:
             for _ in range(2):
                 assert left.acquire(timeout=PATIENCE_S)
-        elif (method, key) == ("add", "0/seen"):
+        elif method == "add" and key.startswith("0/count/") and deciding.is_set():
             assert decided.wait(PATIENCE_S)
-        elif (method, key) == ("compare_set", "0/news") and is_decider:
+        elif (method, key) == ("set", "0/news") and is_decider:
             decided.set()
 
     def run(rank: int, store: dist.HashStore, _: Sequencer) -> tuple[Verdict, float]:
@@ -259,7 +259,7 @@ def test_barrier_failure_published_at_the_moment_of_the_timeout_is_in_the_verdic
     threads: list[threading.Thread] = []
 
     def hook(method: str, key: str) -> None:
-        if method == "add" and key.startswith("0/count/"):
+        if method == "add" and key.startswith("0/count/") and not threads:
             threads.append(threading.current_thread())
             barrier_of(store, 1, 2).publish(Record(0, "exit", "scope", 0, _FAILED))
             assert wait_until(lambda: store.check(["collective_scope/2/0/0/news"]))
@@ -547,20 +547,24 @@ def test_barrier_works_again_after_the_store_has_hung() -> None:
 def test_barrier_host_of_the_store_leaves_last() -> None:
     """The rank whose process hosts the store stays until all peers have read the verdict."""
     store, order = dist.HashStore(), []
-    host_waits = threading.Event()
+    peer_waits, host_waits = threading.Event(), threading.Event()
 
     def host(method: str, key: str) -> None:
-        if (method, key) == ("wait", "0/empty"):
+        if (method, key) == ("wait", "0/seen/1"):
             host_waits.set()
 
     def peer(method: str, key: str) -> None:
-        if (method, key) == ("add", "0/seen"):
+        if (method, key) == ("wait", "0/news"):
+            peer_waits.set()
+        elif method == "add" and peer_waits.is_set():
             assert host_waits.wait(PATIENCE_S)
             order.append("peer reads")
 
     stores = [HookedStore(store, host), HookedStore(store, peer)]
 
     def run(rank: int, _: dist.HashStore, __: Sequencer) -> Verdict:
+        if rank == 0:
+            assert peer_waits.wait(PATIENCE_S)
         verdict = _arrive(barrier_of(stores[rank], rank, 2, server=0))
         if rank == 0:
             order.append("host leaves")
@@ -581,7 +585,7 @@ def test_barrier_host_of_the_store_waits_for_readers_a_short_time_only(
 
     def peer(method: str, key: str) -> None:
         is_decided = store.check([f"collective_scope/2/0/0/{'verdict' if failing else 'news'}"])
-        if (method, key) == ("add", "0/seen") and is_decided:
+        if method == "add" and key.startswith("0/read" if failing else "0/count/") and is_decided:
             thawed.wait(PATIENCE_S)
 
     stores = [store, HookedStore(store, peer)]

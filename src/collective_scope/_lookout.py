@@ -34,7 +34,7 @@ ASK_S = 1.0
 """How long before the deadline missing ranks are asked where they are."""
 
 ANSWER_S = 0.5
-"""How long an answer that is due is waited for."""
+"""How long an answer takes at most; who was asked earlier than that and has not answered will not."""
 
 PAUSE_S = 0.02
 
@@ -85,8 +85,10 @@ class Lookout:
         while not self.over:
             self.looked_at = now = time.monotonic()
             if self.wait.read is not None:
-                if self._has_lingered(now):
-                    store.set(f"{self.mine.round}/empty", "")
+                if self._has_lingered(now) or peek(store, f"{self.mine.round}/gave_up") != ABSENT:
+                    self.wait.disturbed = True
+                    for key in self.wait.confirmed:
+                        store.set(key, "")
                     return
             elif self._look(store, now):
                 return
@@ -115,11 +117,15 @@ class Lookout:
         # A rank that has arrived does not leave before there is a verdict: if its process is gone, it is lost too.
         others = [rank for rank in range(self.protocol.world_size) if rank != self.protocol.rank]
         lost = [rank for rank in others if self._is_lost(store, rank, now, beats=rank in missing)]
-        if not lost and now < self.deadline:
+        is_mismatch = any(
+            record.round == self.mine.round and record.arrived and record.place != self.mine.place
+            for record in self._records.values()
+        )
+        if not lost and not is_mismatch and now < self.deadline:
             if now >= self.deadline - ASK_S and not self._asked:
                 self._ask(store, missing)
             return False
-        where = self._locate(store, {*missing, *lost})
+        where = {} if is_mismatch else self._locate(store, {*missing, *lost})
         lost = [rank for rank in others if rank in lost or (rank in where and where[rank].has_ended)]
         for rank, place in where.items():
             if place.stacks:
@@ -165,7 +171,6 @@ class Lookout:
         """Return where *ranks* are, by their own account or, failing that, by the system's."""
         if not self._asked:
             self._ask(store, ranks)
-        start = time.monotonic()
         places: dict[int, Place] = {}
         while True:
             for rank in self._asked.keys() - places.keys():
@@ -173,7 +178,7 @@ class Lookout:
                 number, fields = (0, {}) if answer == ABSENT else json.loads(answer)
                 if number >= self._asked[rank]:
                     places[rank] = Place.of(fields)
-            if len(places) == len(self._asked) or time.monotonic() > start + ANSWER_S:
+            if len(places) == len(self._asked) or time.monotonic() > self._asked_at + ANSWER_S:
                 break
             self._pause(PAUSE_S)
         self._asked.clear()

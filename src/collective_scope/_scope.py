@@ -652,7 +652,9 @@ def _seconds(parameter: str, value: Seconds | None, default: float) -> float:
     given: object = value
     if value is None:
         source = f"COLLECTIVE_SCOPE_{parameter.upper()}"
-        given = os.environ.get(source, default)
+        given = os.environ.get(source)
+        if given is None:
+            return default
     try:
         seconds = given.total_seconds() if isinstance(given, timedelta) else float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):

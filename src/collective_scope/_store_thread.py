@@ -134,10 +134,9 @@ def _serve(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], connect: Call
         except BaseException as error:
             replies.put(Failed(error))
         else:
+            replies.put(Done(value.value if isinstance(value, Later) else value))
             if isinstance(value, Later):
                 later.append(value.job)
-                value = value.value
-            replies.put(Done(value))
             del value
         # Until the next job comes, this frame must keep nothing of the last one alive.
         del item, job, replies
