@@ -133,6 +133,21 @@ def test_worker_one_rank_fails_in_the_middle_only_that_configuration_fails(run: 
     assert [results[0].id for results in report.failed] == [configs[middle].id]
 
 
+def test_worker_one_rank_fails_before_its_collectives_later_configurations_run() -> None:
+    """Peers that wait for it in a collective give up in time, and the next configuration has sound groups."""
+    configs = [c for c in select([LAYOUTS["ep2"]], CPU_BACKENDS, "cpu", full=True) if c.shape != LARGEST][:8]
+    # Its peers are left alone while they build a buffer, the most that a failure can leave behind.
+    failing_id = next(config.id for config in configs if config.backend == "shared_memory")
+    options = Options(fail_id=failing_id, fail_rank=1, fail_early=True, group_timeout=10.0)
+
+    [report] = run_suite(configs, options)
+
+    [(peer, failing)] = report.failed
+    assert peer.id == failing.id == failing_id != configs[-1].id
+    assert (failing.error, failing.message) == ("AssertionError", "rank 1 fails on purpose")
+    assert peer.error in ("RuntimeError", "DistBackendError")
+
+
 EPLB_ID = "[m32-n512-k512-e8-top2-bfloat16-fp8-noshared-nogate-nolatent-eplb-ep2-allgather_reducescatter]"
 
 
