@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 
 from .backends import why_unavailable
-from .config import BACKENDS, LAYOUTS, Config, all_combinations, why_invalid
+from .config import BACKENDS, LAYOUTS, Config
 from .mutations import MUTATIONS
 from .suite import (
     default_device_type,
+    explain_invalid,
     raise_if_failed,
     run_suite,
     select,
@@ -54,7 +54,7 @@ def choose(args: argparse.Namespace) -> list[Config]:
     for reason in filter(None, skipped):
         print(f"skipped: {reason}", file=sys.stderr)
     if args.verbose > 1:
-        print_invalid_combinations()
+        print(*explain_invalid(args.verbose), sep="\n", file=sys.stderr)
     return configs
 
 
@@ -70,17 +70,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device_type())
     parser.add_argument("--control", choices=MUTATIONS, help="break one rank: everything must fail")
     parser.add_argument("--list", action="store_true", help="print ids, run nothing")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="a line each; -vv: every reason")
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="a line each; -vv: tracebacks, and what is invalid and why; -vvv: and which",
+    )
     return parser.parse_args()
-
-
-def print_invalid_combinations() -> None:
-    """Count combinations that are left out, by reason."""
-    reasons: Counter[str] = Counter()
-    for config in all_combinations(tuple(LAYOUTS.values()), tuple(BACKENDS)):
-        reasons.update(why_invalid(config))
-    for reason, count in reasons.most_common():
-        print(f"left out: {reason} ({count} combinations)")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,6 @@ class ExpertWeights:
         return functional.linear(x, self.values[expert])
 
 
-FP8_ROWS = 16
-"""fp8 matrix units work on multiples of this many rows."""
-
-
 @attrs.define(eq=False)
 class Fp8(ExpertWeights):
     """One scale per expert; tokens are scaled by their largest value."""
@@ -82,12 +78,12 @@ class Fp8(ExpertWeights):
         token_scale, scale = self.token_scale(x), self.scale[expert]
         tokens, values = to_e4m3(x.float() / token_scale), self.values[expert]
         if has_fp8_units(x.device):
-            # cuBLAS refuses some small numbers of rows, one for example: fill up to what it likes.
-            padded = functional.pad(tokens.view(torch.uint8), (0, 0, 0, -len(tokens) % FP8_ROWS)).view(tokens.dtype)
-            product = torch._scaled_mm(  # noqa: SLF001 -- torch has no public name for it yet
-                padded, values.T, scale_a=token_scale, scale_b=scale, out_dtype=x.dtype
+            # A scale in memory of its own: cuBLAS wants it at a multiple of 16 bytes, and says
+            # CUBLAS_STATUS_NOT_SUPPORTED to a view into the scales of all experts, unless the
+            # expert's number is a multiple of 4. Rows need no padding, nor do weights.
+            return torch._scaled_mm(  # noqa: SLF001 -- torch has no public name for it yet
+                tokens, values.T, scale_a=token_scale, scale_b=scale.clone(), out_dtype=x.dtype
             )
-            return product[: len(tokens)]
         # Every e4m3 number is a bfloat16 number: the same product, but on other units.
         product = functional.linear(tokens.to(x.dtype), values.to(x.dtype))
         return (product.float() * (token_scale * scale)).to(x.dtype)

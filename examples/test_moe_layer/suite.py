@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import attrs
 import torch
 
 from .backends import why_unavailable
-from .config import BACKENDS, Config, Layout, config_from_id, why_invalid
+from .config import BACKENDS, LAYOUTS, Config, Layout, all_combinations, config_from_id, why_invalid
 from .launch import launch
 from .selection import LARGEST, full_set, quick_set, valid_configs
 from .worker import Options, Result, run_configs
@@ -72,6 +73,18 @@ def select_ids(ids: Sequence[str], device_type: str) -> tuple[list[Config], list
         else:
             configs.append(config)
     return configs, skipped
+
+
+def explain_invalid(verbosity: int) -> Iterator[str]:
+    """Say how many combinations are left out for what reason; from verbosity 3 on, which ones."""
+    reasons: Counter[str] = Counter()
+    for config in all_combinations(tuple(LAYOUTS.values()), tuple(BACKENDS)):
+        why = why_invalid(config)
+        reasons.update(why)
+        if why and verbosity > 2:
+            yield f"left out: {config.id}: {'; '.join(why)}"
+    for reason, count in reasons.most_common():
+        yield f"left out: {reason} ({count} combinations)"
 
 
 def why_too_large(layout: Layout, device_type: str) -> str | None:

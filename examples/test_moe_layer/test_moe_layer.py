@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
-from .backends import why_unavailable
+from .backends import make_manager, why_unavailable
 from .config import (
     BACKENDS,
     LAYOUTS,
@@ -21,19 +24,25 @@ from .config import (
     config_from_id,
     why_invalid,
 )
+from .data import make_problem
+from .eplb import rearrange_experts
+from .launch import launch
+from .layer import build_layer
 from .mutations import MUTATIONS
 from .quantization import SCHEMES
 from .selection import LARGEST, full_set, quick_set, valid_configs
 from .suite import (
     LayoutReport,
     default_device_type,
+    explain_invalid,
     raise_if_failed,
     run_suite,
     select,
     select_ids,
     summary,
+    why_too_large,
 )
-from .worker import Options
+from .worker import Options, make_groups
 
 
 PARALLEL = [layout for layout in LAYOUTS.values() if layout != SINGLE]
@@ -62,11 +71,11 @@ def chosen(pytestconfig: pytest.Config, layout: Layout, device_type: str) -> lis
     if ids := pytestconfig.getoption("subtests"):
         configs, skipped = select_ids(ids.split(","), device_type)
         configs = [config for config in configs if config.layout == layout]
-        why = "; ".join(skipped) or f"no id given is of layout {layout.name}"
+        why = "; ".join([f"no id given is of layout {layout.name}", *skipped])
     else:
         full = pytestconfig.getoption("full")
         configs = select([layout], list(BACKENDS), device_type, full=full)
-        why = f"{layout.name} needs more devices than this machine has"
+        why = why_too_large(layout, device_type) or f"no backend of {layout.name} runs here"
     if not configs:
         pytest.skip(why)
     return configs
@@ -81,6 +90,14 @@ def test_moe_layer(layout: Layout, run: Run, pytestconfig: pytest.Config, device
 def test_moe_layer_no_parallel(run: Run, pytestconfig: pytest.Config, device_type: str) -> None:
     """On one rank, the layer answers as the dense reference does."""
     raise_if_failed(run(chosen(pytestconfig, SINGLE, device_type)))
+
+
+def test_subtests_each_given_id_runs_or_is_skipped_with_a_reason(pytestconfig: pytest.Config, device_type: str) -> None:
+    """Of the ids given to ``--subtests``, none is left out in silence."""
+    ids = pytestconfig.getoption("subtests")
+    _, skipped = select_ids(ids.split(",") if ids else [], device_type)
+    if skipped:
+        pytest.skip("; ".join(skipped))
 
 
 @pytest.mark.parametrize("control", MUTATIONS)
@@ -114,6 +131,57 @@ def test_worker_one_rank_fails_in_the_middle_only_that_configuration_fails(run: 
     assert peer.error == "PeerFailedError"
     assert "rank 1 fails on purpose" in peer.message
     assert [results[0].id for results in report.failed] == [configs[middle].id]
+
+
+def test_worker_one_rank_fails_before_its_collectives_later_configurations_run() -> None:
+    """Peers that wait for it in a collective give up in time, and the next configuration has sound groups."""
+    configs = [c for c in select([LAYOUTS["ep2"]], CPU_BACKENDS, "cpu", full=True) if c.shape != LARGEST][:8]
+    # Its peers are left alone while they build a buffer, the most that a failure can leave behind.
+    failing_id = next(config.id for config in configs if config.backend == "shared_memory")
+    options = Options(fail_id=failing_id, fail_rank=1, fail_early=True, group_timeout=10.0)
+
+    [report] = run_suite(configs, options)
+
+    [(peer, failing)] = report.failed
+    assert peer.id == failing.id == failing_id != configs[-1].id
+    assert (failing.error, failing.message) == ("AssertionError", "rank 1 fails on purpose")
+    assert peer.error in ("RuntimeError", "DistBackendError")
+
+
+EPLB_ID = "[m32-n512-k512-e8-top2-bfloat16-fp8-noshared-nogate-nolatent-eplb-ep2-allgather_reducescatter]"
+
+
+def _rearrange(rank: int, device_type: str) -> dict[str, Any]:
+    """Rearrange experts; compare this rank's with those that should be here now."""
+    config = config_from_id(EPLB_ID)
+    groups = make_groups(rank, config.layout, device_type)
+    assert groups.ep is not None
+    problem = make_problem(config, groups.dp_rank, groups.device)
+    layer = build_layer(config, problem, groups, make_manager(config.backend, groups.ep, groups.device))
+    per_rank = config.num_experts // config.layout.ep
+
+    rearrange_experts(layer)
+
+    tenants = layer.logical_to_physical.argsort()[rank * per_rank :][:per_rank]
+    pairs = []
+    for weights, full in ((layer.w13, problem.w13), (layer.w2, problem.w2)):
+        wanted = SCHEMES[config.quantization].quantize(full).tensors
+        pairs += [(weights.tensors[name].float(), wanted[name].float()[tenants]) for name in wanted]
+    return {
+        "map": layer.logical_to_physical.tolist(),
+        "right": [torch.equal(*pair) for pair in pairs],
+        "from_peers": int((tenants // per_rank != rank).sum()),
+    }
+
+
+def test_eplb_moves_weights_between_ranks(device_type: str) -> None:
+    """Each rank gets experts of its peer, values and scales, and both have the same map."""
+    first, second = launch(_rearrange, 2, (device_type,), deadline_s=120)
+
+    assert first["map"] == second["map"]
+    assert sorted(first["map"]) == list(range(8))
+    assert first["from_peers"] == second["from_peers"] > 0
+    assert first["right"] == second["right"] == [True] * 4
 
 
 def test_config_id_converts_back() -> None:
@@ -158,6 +226,47 @@ def test_subtests_invalid_combination_is_skipped_with_its_reason() -> None:
 
     assert configs == []
     assert all(reason in skipped for reason in why_invalid(config))
+
+
+def test_subtests_on_the_command_line_run_what_is_known_and_skip_the_rest(pytestconfig: pytest.Config) -> None:
+    """``--subtests`` runs the ids it can, and a report in short form says why it skips the others."""
+    tests = "test_moe_layer[ep2]", "test_moe_layer[tp2]", "test_subtests_each_given_id_runs_or_is_skipped_with_a_reason"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-s", "-rs", "--color=no"]
+
+    done = subprocess.run(  # noqa: S603
+        [*command, f"--subtests={EPLB_ID},[nonsense]", *(f"{__file__}::{test}" for test in tests)],
+        cwd=pytestconfig.rootpath,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"1/1 {EPLB_ID} PASSED" in done.stdout
+    assert "no id given is of layout tp2" in done.stdout
+    assert "'[nonsense]' has 1 words, an id has 13" in done.stdout
+    assert "1 passed, 2 skipped" in done.stdout
+
+
+def test_layout_larger_than_the_machine_is_skipped_with_a_message() -> None:
+    """A world of more ranks than there are GPUs is left out, in words, and its ids are too."""
+    gpus = torch.cuda.device_count()
+    world = attrs.evolve(LAYOUTS["ep2"], name="too_large", dp=gpus + 1)
+
+    assert why_too_large(world, "cuda") == f"too_large needs {gpus + 1} GPUs, here are {gpus}"
+    assert why_too_large(world, "cpu") is None
+    assert select([world], list(BACKENDS), "cuda", full=True) == []
+
+
+def test_invalid_combinations_all_have_a_reason_in_words() -> None:
+    """What is neither valid nor explained does not exist."""
+    layouts = list(LAYOUTS.values())
+    everything = set(all_combinations(tuple(layouts), tuple(BACKENDS)))
+    lines = [line for line in explain_invalid(3) if "combinations)" not in line]
+
+    assert len(lines) == len(everything - set(valid_configs(layouts, list(BACKENDS))))
+    assert all(line.startswith("left out: [") and line.partition("]: ")[2] for line in lines)
 
 
 def test_quick_set_has_every_valid_pair_of_values() -> None:

@@ -32,7 +32,8 @@ class Options:
     Attributes:
         mutation: name of the control that breaks one rank in every configuration.
         fail_id: id of a configuration in which rank *fail_rank* fails on purpose.
-        timeout: seconds a rank waits for its peers at the end of a configuration.
+        fail_early: fail before its first collective, so that peers wait for it, not after the last.
+        group_timeout: seconds after which a collective whose peer is elsewhere gives up.
     """
 
     device_type: str = "cpu"
@@ -40,7 +41,8 @@ class Options:
     mutation: str | None = None
     fail_id: str | None = None
     fail_rank: int = 0
-    timeout: float = 2 * GROUP_TIMEOUT_S
+    fail_early: bool = False
+    group_timeout: float = GROUP_TIMEOUT_S
 
 
 @attrs.frozen
@@ -61,7 +63,7 @@ def run_configs(rank: int, layout: Layout, ids: Sequence[str], options: Options)
     Collective:
         All ranks run the same configurations in the same order.
     """
-    groups = make_groups(rank, layout, options.device_type)
+    groups = make_groups(rank, layout, options.device_type, options.group_timeout)
     managers: dict[str, All2AllManager[Any]] = {}
     results = []
     for number, id_ in enumerate(ids, start=1):
@@ -71,9 +73,9 @@ def run_configs(rank: int, layout: Layout, ids: Sequence[str], options: Options)
         try:
             with collective_scope(
                 name=config.id,
-                timeout=options.timeout,
+                timeout=2 * options.group_timeout,
                 # Longer than peers may be stuck in a collective this rank has left.
-                failure_timeout=1.5 * GROUP_TIMEOUT_S,
+                failure_timeout=1.5 * options.group_timeout,
             ) as scope:
                 manager = None
                 if groups.ep is not None:
@@ -84,6 +86,11 @@ def run_configs(rank: int, layout: Layout, ids: Sequence[str], options: Options)
                 run_one_config(config, groups, manager, options)
         except Exception as exc:  # noqa: BLE001 -- recorded; the next configuration runs
             error = exc
+        if error is not None and groups.device.type == "cpu":
+            # All ranks come here: a scope raises on every one of them or on none. One may have
+            # left its peers in a collective, and where that timed out, gloo has hung up.
+            managers.clear()
+            groups = renew_groups(groups, layout, options.group_timeout)
         result = make_result(config, error, time.monotonic() - started)
         results.append(result)
         if rank == 0:
@@ -98,6 +105,7 @@ def run_one_config(config: Config, groups: Groups, manager: All2AllManager[Any] 
     Every comparison comes after the last collective: a rank whose numbers are wrong then
     fails alone, without leaving a peer waiting for it.
     """
+    fail_on_purpose(config, groups, options, early=True)
     problem = make_problem(config, groups.dp_rank, groups.device)
     mutation = mutation_here(config, groups, options)
     layer = build_layer(config, mutation.on_problem(problem), groups, manager)
@@ -113,22 +121,35 @@ def run_one_config(config: Config, groups: Groups, manager: All2AllManager[Any] 
 
     assert_matches(output, dense_output(config, groups.dp_rank, groups.device), config)
     assert_matches(rearranged, output, config)
-    if config.id == options.fail_id and groups.rank == options.fail_rank:
+    fail_on_purpose(config, groups, options, early=False)
+
+
+def fail_on_purpose(config: Config, groups: Groups, options: Options, *, early: bool) -> None:
+    """Raise if *options* say so for this configuration and rank, at this point."""
+    if (config.id, groups.rank, early) == (options.fail_id, options.fail_rank, options.fail_early):
         msg = f"rank {groups.rank} fails on purpose"
         raise AssertionError(msg)
 
 
-def make_groups(rank: int, layout: Layout, device_type: str) -> Groups:
+def make_groups(rank: int, layout: Layout, device_type: str, timeout_s: float = GROUP_TIMEOUT_S) -> Groups:
     """Make the process groups of *layout*. A collective."""
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     dp_rank, tp_rank = divmod(rank, layout.tp)
     # A new group does not inherit the timeout of the default group.
-    timeout = timedelta(seconds=GROUP_TIMEOUT_S)
+    timeout = timedelta(seconds=timeout_s)
     tp = None
     if layout.tp > 1:
         tp, _ = dist.new_subgroups(layout.tp, timeout=timeout)  # type: ignore[no-untyped-call]
     ep = dist.new_group(timeout=timeout) if layout.expert_parallel else None
     return Groups(rank, dp_rank, tp_rank, tp, ep, device)
+
+
+def renew_groups(groups: Groups, layout: Layout, timeout_s: float) -> Groups:
+    """Destroy the process groups and make them anew. A collective."""
+    for group in (groups.tp, groups.ep):
+        if group is not None:
+            dist.destroy_process_group(group)
+    return make_groups(groups.rank, layout, groups.device.type, timeout_s)
 
 
 def mutation_here(config: Config, groups: Groups, options: Options) -> Mutation:

@@ -73,35 +73,45 @@ def test_failure_after_collectives_costs_one_scope(pool: RankPool) -> None:
     assert [(name, total) for name in names] == values(pool.run(_fails_after_collectives))
 
 
-def _stuck_in_collective(rank: int, _world_size: int) -> tuple[float, tuple[int, ...], str]:
-    """Rank 0 waits, on the host, for an all-reduce that its peers never enter."""
+def _stuck_in_collective(rank: int, _world_size: int, made: bool) -> tuple[float, tuple[int, ...], str]:  # noqa: FBT001
+    """Rank 0 enters an all-reduce that its peers never enter."""
     torch.cuda.set_device(rank)
+    if made:
+        _all_reduce(rank)
     start = time.monotonic()
     try:
         with collective_scope(name="stuck", timeout=4):
             if rank == 0:
                 value = torch.ones(1, device="cuda")
+                # NCCL makes a communicator at the first collective, and that waits for all ranks.
+                here().announce("entering")
                 dist.all_reduce(value)
-                here().announce("entered")
                 torch.cuda.synchronize()
             else:
-                here().wait_for("entered")
+                here().wait_for("entering")
                 start = time.monotonic()
     except BarrierTimeoutError as error:
         return time.monotonic() - start, error.missing, error.verdict.where[0].frames
     return 0.0, (), ""
 
 
-def test_rank_stuck_in_a_kernel_is_located_by_its_peers() -> None:
-    """Peers name the rank that waits for a collective on the device, and the line in which it waits."""
+@pytest.mark.parametrize(
+    ("made", "line"),
+    [
+        pytest.param(True, "torch.cuda.synchronize()", id="kernel"),
+        pytest.param(False, "dist.all_reduce(value)", id="making-the-communicator"),
+    ],
+)
+def test_rank_stuck_in_a_collective_is_located_by_its_peers(made: bool, line: str) -> None:  # noqa: FBT001
+    """Peers name the rank that waits, on the device or on the host, and the line in which it waits."""
     with RankPool(GPUS, backend=BACKEND, group_timeout_s=60) as pool:
-        results = pool.run(_stuck_in_collective, abandon={0}, timeout=60)
+        results = pool.run(_stuck_in_collective, made, abandon={0}, timeout=60)
 
     for result in results[1:]:
         waited, missing, frames = result.unwrap()
         assert waited < 5
         assert missing == (0,)
-        assert "torch.cuda.synchronize()" in frames
+        assert line in frames
 
 
 def _decorated(rank: int, _world_size: int) -> float:

@@ -36,11 +36,13 @@ class SharedMemoryBuffer(ExchangeHandle):
         self.slot_bytes = COUNT_BYTES + max_rows * row.num_bytes
         self.own = SharedMemory(create=True, size=2 * self.world_size * self.slot_bytes)
         names: list[str] = [""] * self.world_size
-        dist.all_gather_object(names, self.own.name, group=group)
-        self.segments = [self.own if rank == self.rank else SharedMemory(name) for rank, name in enumerate(names)]
-        # Mapped everywhere: the name can go, and nothing is left behind by a killed rank.
-        dist.barrier(group=group)
-        self.own.unlink()
+        try:
+            dist.all_gather_object(names, self.own.name, group=group)
+            self.segments = [self.own if rank == self.rank else SharedMemory(name) for rank, name in enumerate(names)]
+            dist.barrier(group=group)
+        finally:
+            # Mapped everywhere, or given up: the name can go, and a killed rank leaves nothing behind.
+            self.own.unlink()
 
     def exchange(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Write into the inboxes of the peers, wait for theirs to be written, read."""
