@@ -921,6 +921,9 @@ def _environment(mark: str, added: Mapping[str, str]) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",  # What was printed before a kill is kept.
+        # A TCPStore asks the DNS for the name of each client, on the thread that serves all
+        # of them; a lost reply would stop it for five seconds. With this, nobody is asked.
+        "RES_OPTIONS": "attempts:0",
     }
     return {**inherited, **ours, **added}
 
