@@ -449,6 +449,9 @@ class RankPool:
 
         env: Environment variables for the ranks, added to those here.
 
+        quiet: Whether `run()` prints nothing. What a thread prints, pytest shows with
+            whichever test is running.
+
     Example:
         >>> with RankPool(2) as pool:
         ...     assert [1, 1] == values(pool.run(sum_of_ranks))
@@ -462,6 +465,7 @@ class RankPool:
     init: bool = True
     group_timeout_s: float | None = None
     env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    quiet: bool = False
     _ranks: list[_Process] = attrs.field(factory=list, init=False, repr=False)
     _servers: list[_Process] = attrs.field(factory=list, init=False, repr=False)
     _own_server: dist.Store | None = attrs.field(default=None, init=False, repr=False)
@@ -705,7 +709,8 @@ class RankPool:
         text = "\n".join(map(str, results))
         if defects:
             raise RanksError("\n".join([*defects, text]))
-        print(text)  # pytest shows it if the test fails.
+        if not self.quiet:
+            print(text)  # pytest shows it if the test fails.
         return tuple(results)
 
     def _discard(self) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers itself
 
 from collective_scope import _protocol, collective_scope
 from tests._rank import freeze, here, thaw
-from tests.faults._play import PEACE, Actor, Expect, Fault
+from tests.faults._play import PEACE, Actor, Expect, Fault, meet
 
 
 __all__ = ["FAULTS"]
@@ -293,6 +294,14 @@ def _nest_differently(me: Actor) -> None:
         pass
 
 
+def _enter_on_another_group(me: Actor) -> None:
+    """Have odd ranks go through a scope of their own, while even ranks wait for all."""
+    odd = dist.new_group(list(range(1, me.world_size, 2)))
+    me.begin()
+    with collective_scope(odd if me.rank % 2 else None, name="part", timeout=me.fault.timeout):
+        pass
+
+
 # 12. The group goes
 
 
@@ -308,6 +317,14 @@ def _renew_group(me: Actor) -> None:
     del group
     prefix = dist.PrefixStore("again", store)
     dist.init_process_group("gloo", store=prefix, rank=me.rank, world_size=me.world_size)
+
+
+def _renew_group_on_same_keys(me: Actor) -> None:
+    dist.destroy_process_group()
+    # gloo would take the addresses of the group before for its own; "fake" has none.
+    dist.init_process_group(
+        "fake", store=meet(me.fault, me.rank, me.world_size), rank=me.rank, world_size=me.world_size
+    )
 
 
 # 13. The rank that hosts the store leaves at once
@@ -353,6 +370,18 @@ def _straggler(*says: str) -> dict[str, Any]:
         "next_culprit": _missing("rank 1 of", *says),
     }
 
+
+_SLOW: dict[str, Any] = {
+    "store": "slow",
+    "timeout": 4.0,
+    "failure_timeout": 3.0,
+    "next_timeout": 4.0,
+    "next_survivor": Expect(within=3.0),
+    "next_culprit": Expect(within=3.0),
+    "peace": Expect(within=3.0),
+    "extra_s": 10.0,
+    "world_sizes": (2,),
+}
 
 _MISPLACED = Expect("ScopeMismatchError", says=("All ranks of a group must go through the same scopes",), within=0.3)
 
@@ -663,6 +692,32 @@ FAULTS = (
         world_sizes=(2,),
         compare=False,
     ),
+    Fault(
+        "scopes over different groups",
+        _enter_on_another_group,
+        _MISPLACED,
+        culprits=(1, 3),
+        culprit=_MISPLACED,
+        next_survivor=_lost("ranks 1 and 3 of 4 lost", ranks=(1, 3)),
+        next_culprit=_MISPLACED,
+        after=False,
+        world_sizes=(4,),
+        compare=False,
+    ),
+    Fault(
+        "a rank believes in one rank more",
+        _nothing,
+        _missing("rank 1 of 2 missing"),
+        culprit=_missing("ranks 0 and 2 of 3 missing", ranks=(0, 2)),
+        next_survivor=_missing("rank 1 of 2 missing", within=2.0),
+        next_culprit=_missing("ranks 0 and 2 of 3 missing", ranks=(0, 2), within=2.0),
+        after=False,
+        alike=False,
+        claims={1: 3},
+        first=True,
+        world_sizes=(2,),
+        compare=False,
+    ),
     Fault("group destroyed in the body", _destroy_group, PEACE, culprits=(), compare=False),
     Fault("group made anew in the body", _renew_group, PEACE, culprits=(), compare=False),
     Fault(
@@ -675,6 +730,89 @@ FAULTS = (
         next_culprit=None,
         after=False,
         alike=False,
+        compare=False,
+    ),
+    # 14. The store is slow: each call takes 0.2 s, and a round takes four.
+    Fault("healthy, over a slow store", _nothing, Expect(within=3.0), culprits=(), **_SLOW),
+    Fault(
+        "body raises on one rank, over a slow store",
+        _raise_in_body,
+        _failed((1,), "KeyError: 'rank 1 gives up'", "in _raise_in_body", within=4.0),
+        culprit=Expect("KeyError", within=4.0),
+        **_SLOW,
+    ),
+    Fault(
+        "sleeps in the body, over a slow store",
+        _sleep_in_body,
+        survivor=_missing("rank 1 of", within=5.0),
+        culprit=_missing("rank 1 of", within=20.0),
+        **{
+            **_SLOW,
+            "next_survivor": _missing("rank 1 of", within=5.0),
+            "next_culprit": _missing("rank 1 of", within=20.0),
+        },
+    ),
+    # The store is torchrun's, and so are the processes that these fork.
+    Fault(
+        "body raises on one rank, under torchrun",
+        _raise_in_body,
+        _failed((1,), "KeyError: 'rank 1 gives up'", "in _raise_in_body"),
+        culprit=Expect("KeyError"),
+        store="torchrun",
+    ),
+    Fault(
+        "sleeps in the body, under torchrun",
+        _sleep_in_body,
+        **_straggler("in the body of scope 'fault'", "in _sleep_forever"),
+        store="torchrun",
+        world_sizes=(2,),
+    ),
+    Fault(
+        "SIGKILL of rank 0 in the body, under torchrun",
+        _kill_in_body,
+        **{
+            **_gone("killed by SIGKILL"),
+            "survivor": _lost("rank 0 of", "killed by SIGKILL", ranks=(0,)),
+            "next_survivor": _lost("rank 0 of", ranks=(0,)),
+        },
+        culprits=(0,),
+        exits={0: -signal.SIGKILL},
+        store="torchrun",
+    ),
+    Fault(
+        "SIGINT to one rank while it waits, under torchrun",
+        _interrupt_while_waiting,
+        _failed((1,), "KeyboardInterrupt", "rank 1 stopped waiting at the barrier"),
+        culprit=Expect("KeyboardInterrupt"),
+        store="torchrun",
+        world_sizes=(2,),
+    ),
+    Fault(
+        "one scope more on one rank, under torchrun",
+        _enter_one_more,
+        _MISPLACED,
+        culprit=_MISPLACED,
+        next_survivor=_MISPLACED,
+        next_culprit=None,
+        after=False,
+        store="torchrun",
+        world_sizes=(2,),
+        compare=False,
+    ),
+    Fault(
+        "group made anew in the body, under torchrun",
+        _renew_group,
+        PEACE,
+        culprits=(),
+        store="torchrun",
+        compare=False,
+    ),
+    Fault(
+        "group made anew on the same keys, under torchrun",
+        _renew_group_on_same_keys,
+        PEACE,
+        culprits=(),
+        store="torchrun",
         compare=False,
     ),
 )

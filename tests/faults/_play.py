@@ -11,6 +11,7 @@ the same group, and, where everybody lives on, one after all have come back.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -34,12 +35,15 @@ from collective_scope import Verdict, collective_scope
 from tests._rank import LOOPBACK, here
 
 
-__all__ = ["Actor", "Ending", "Expect", "Fault", "Mechanism", "Part", "Performance", "perform"]
+__all__ = ["Actor", "Ending", "Expect", "Fault", "Mechanism", "Part", "Performance", "meet", "perform"]
 
 Mechanism = Literal["scope", "barrier", "monitored_barrier"]
 
 GRACE_S = 2.0
 """How long after the last deadline of its scopes a process may live."""
+
+SLOW_S = 0.2
+"""How long a reply of a slow store is under way."""
 
 _POLL_S = 0.002
 _STACKS_S = 0.5
@@ -94,13 +98,19 @@ class Fault:
 
         after: Whether everybody comes back for a third scope, which then works.
 
+        peace: What it is to be left in peace; where everything takes long, that takes longer.
+
         alike: Whether all survivors get the same verdict, which takes a store.
 
         exits: Exit codes, other than 0, or minus the signal.
 
         world_sizes: Sizes to do it with.
 
-        store: What the ranks meet at: rank 0, a process of its own, or a file.
+        store: What the ranks meet at: rank 0, a process of its own, the same with replies
+            that take `SLOW_S`, a file, or the agent of a torchrun that plays it.
+
+        claims: How many ranks there are, by those that are wrong about it. The group then
+            has no communicator, which would not start.
 
         thaw_s: Seconds from the fault to the moment at which a stopped process goes on.
 
@@ -131,11 +141,13 @@ class Fault:
     next_survivor: Expect | None = PEACE
     next_culprit: Expect | None = PEACE
     release: Callable[[Actor], object] | None = None
+    peace: Expect = PEACE
     alike: bool = True
     exits: Mapping[int, int] = attrs.field(factory=dict)
     after: bool = True
     world_sizes: tuple[int, ...] = (2, 4)
-    store: Literal["rank0", "process", "file"] = "rank0"
+    store: Literal["rank0", "process", "slow", "file", "torchrun"] = "rank0"
+    claims: Mapping[int, int] = attrs.field(factory=dict)
     thaw_s: float | None = None
     frozen: int | Literal["store"] = 1
     timeout: float = 2.0
@@ -159,13 +171,13 @@ class Fault:
     def expected(self, rank: int, number: int) -> Expect | None:
         """Return what *rank* is to see in the scope *number*, counted from 0; ``None`` if it is not there."""
         if rank not in self.culprits:
-            return (self.survivor, self.next_survivor, PEACE)[number]
+            return (self.survivor, self.next_survivor, self.peace)[number]
         if self.culprit is None:
             return None
         first = self.culprit
         if isinstance(first, tuple):
             first = first[self.culprits.index(rank)]
-        return (first, self.next_culprit, PEACE)[number]
+        return (first, self.next_culprit, self.peace)[number]
 
 
 @attrs.frozen
@@ -333,7 +345,7 @@ class Actor:
             if expect is not None and expect.error == "PeerLostError":
                 for rank in self.fault.culprits:
                     here().wait_for(f"dead-{rank}")
-            body = self._use_group if expect == PEACE else _nothing
+            body = self._use_group if expect is not None and not expect.error else _nothing
             endings.append(self._go_through("next", self.fault.next_timeout, body))
             here().announce(f"tried-{self.rank}")
             if not self.is_culprit and self.fault.release is not None:
@@ -349,7 +361,7 @@ class Actor:
         return Part(tuple(endings), tuple(map(tuple, self.cleanups)))
 
     def _use_group(self) -> None:
-        if dist.is_initialized() and self.fault.group_timeout is None:
+        if dist.is_initialized() and dist.get_backend() == "gloo" and self.fault.group_timeout is None:
             total = torch.ones(1)
             dist.all_reduce(total)
             assert self.world_size == int(total)
@@ -429,8 +441,9 @@ def perform(rank: int, _: int, fault: Fault, world_size: int, mechanism: Mechani
     """Fork a child that plays *rank*'s part, and see how it ends. The pool may have more ranks than needed."""
     if rank >= world_size:
         return None
-    servers = [_fork(_serve)] if rank == 0 and fault.store == "process" else []
-    if servers:
+    servers: list[int] = []
+    if rank == 0 and fault.store in ("process", "slow"):
+        servers = [_fork(_serve, fault), *([_fork(_delay)] if fault.store == "slow" else [])]
         _write("pid-store", str(servers[0]))
     child = _fork(_play, fault, rank, world_size, mechanism)
     _write(f"pid-{rank}", str(child))
@@ -441,8 +454,9 @@ def perform(rank: int, _: int, fault: Fault, world_size: int, mechanism: Mechani
             # Peers may still need it.
             for other in range(world_size):
                 here().wait_for(f"ended-{other}")
-            os.kill(servers[0], signal.SIGKILL)
-            os.waitpid(servers[0], 0)
+            for server in servers:
+                os.kill(server, signal.SIGKILL)
+                os.waitpid(server, 0)
 
 
 def _fork(fn: Callable[..., NoReturn], *args: Any) -> int:
@@ -512,7 +526,8 @@ def _play(fault: Fault, rank: int, world_size: int, mechanism: Mechanism) -> NoR
     timeout = fault.group_timeout if mechanism == "scope" else fault.timeout
     if timeout is not None:
         options["timeout"] = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", store=_meet(fault, rank, world_size), rank=rank, world_size=world_size, **options)
+    backend, claimed = ("fake", fault.claims.get(rank, world_size)) if fault.claims else ("gloo", world_size)
+    dist.init_process_group(backend, store=meet(fault, rank, world_size), rank=rank, world_size=claimed, **options)
     _write(f"ready-{rank}", "")
     actor = Actor(fault, rank, world_size, mechanism)
     part = actor.play()
@@ -529,25 +544,55 @@ def _play(fault: Fault, rank: int, world_size: int, mechanism: Mechanism) -> NoR
     raise AssertionError
 
 
-def _meet(fault: Fault, rank: int, world_size: int) -> dist.Store:
+def meet(fault: Fault, rank: int, world_size: int) -> dist.Store:
+    """Return a client of the store at which the ranks of *fault* meet; it can be called again."""
     if fault.store == "file":
         return dist.FileStore(str(here().directory / "filestore"), world_size)
+    if fault.store == "torchrun":
+        # One agent, one store, many faults.
+        store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=_FIRST_S))))
+        return dist.PrefixStore(here().directory.name, store)
     if fault.store == "rank0" and rank == 0:
-        return _host()
+        return _host("port")
     here().wait_for("port")
     return dist.TCPStore(LOOPBACK, int(_read("port")), wait_for_workers=False)
 
 
-def _host() -> dist.TCPStore:
+def _host(name: str) -> dist.TCPStore:
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    _write("port", str(store.port))
+    _write(name, str(store.port))
     return store
 
 
-def _serve() -> NoReturn:
-    store = _host()
+def _serve(fault: Fault) -> NoReturn:
+    store = _host("port" if fault.store == "process" else "port-behind")
     signal.pause()
     raise AssertionError(store)
+
+
+def _delay() -> NoReturn:
+    """Pass on at once what clients send to the store, and late what it replies."""
+    here().wait_for("port-behind")
+    asyncio.run(_pass_on(int(_read("port-behind"))))
+    raise AssertionError
+
+
+async def _pass_on(port: int) -> None:
+    async def serve(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        store, to_store = await asyncio.open_connection(LOOPBACK, port)
+        await asyncio.gather(_pipe(client, to_store, 0.0), _pipe(store, to_client, SLOW_S))
+
+    server = await asyncio.start_server(serve, LOOPBACK, 0)
+    _write("port", str(server.sockets[0].getsockname()[1]))
+    await server.serve_forever()
+
+
+async def _pipe(source: asyncio.StreamReader, sink: asyncio.StreamWriter, delay_s: float) -> None:
+    """Copy; each piece arrives *delay_s* after it came, the next one does not wait for that."""
+    loop = asyncio.get_running_loop()
+    while piece := await source.read(1 << 16):
+        loop.call_later(delay_s, sink.write, piece)
+    loop.call_later(delay_s, sink.close)
 
 
 # Notes that processes leave each other. Whole, or not there.
