@@ -784,6 +784,7 @@ def _load_report(path: Path) -> Report | None:
 
 def run_script(
     *command: str | Path,
+    prefix: Iterable[str] = (),
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
@@ -794,6 +795,8 @@ def run_script(
 
     Args:
         command: For example a path and its arguments, or ``"-m"`` and a module.
+
+        prefix: A command that runs the one that follows it, somewhere else.
 
         timeout: Seconds from start to end.
 
@@ -819,7 +822,7 @@ def run_script(
         tempfile.NamedTemporaryFile() as stderr,
     ):
         popen = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [*prefix, sys.executable, *map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ import torch.testing._internal.distributed.fake_pg  # registers itself
 from collective_scope import _protocol, collective_scope
 from tests._rank import freeze, here, thaw
 from tests.faults._play import PEACE, Actor, Expect, Fault, meet
+from tests.hosts import set_cable
 
 
 __all__ = ["FAULTS"]
@@ -334,6 +336,50 @@ def _nothing(me: Actor) -> None:
     me.begin()
 
 
+# 15. The cable between two hosts
+
+
+def _pull_cable_in_body(me: Actor) -> None:
+    """Pull it while everybody is in the body."""
+    if me.rank == 0:
+        set_cable("down")
+        me.begin()
+    here().wait_for("fault-0")
+
+
+def _pull_cable_at_barrier(me: Actor) -> None:
+    """Pull it when the ranks of the other host have arrived, and those of this one have not."""
+    if me.is_culprit:
+        me.once_waiting(lambda: here().announce(f"waits-{me.rank}"))
+        return
+    if me.rank == 0:
+        for rank in me.fault.culprits:
+            here().wait_for(f"waits-{rank}")
+        set_cable("down")
+        me.begin()
+    here().wait_for("fault-0")
+
+
+def _put_cable_back(me: Actor) -> None:
+    me.wait_for_release()
+    if me.rank == 0:
+        for rank in me.fault.culprits:
+            here().wait_for(f"tried-{rank}")
+        set_cable("up")
+
+
+def _pull_and_put_back(me: Actor) -> None:
+    """Pull it while everybody is in the body, and put it back when all are waiting, or trying to."""
+    _pull_cable_in_body(me)
+    if me.rank == 0:
+        me.scope.cleanup(threading.Thread(target=_put_back_later, daemon=True).start)
+
+
+def _put_back_later() -> None:
+    time.sleep(1.0)  # The wait is the fault.
+    set_cable("up")
+
+
 _FAILED = 0.3
 _LOST = 1.0
 _LATE = 3.0  # the timeout and a second
@@ -381,6 +427,20 @@ _SLOW: dict[str, Any] = {
     "peace": Expect(within=3.0),
     "extra_s": 10.0,
     "world_sizes": (2,),
+}
+
+_CUT_S = 4.0
+
+_HOSTS: dict[str, Any] = {
+    "store": "hosts",
+    "timeout": _CUT_S,
+    "failure_timeout": 3.0,
+    "next_timeout": 4.0,
+    "after_timeout": 40.0,
+    "heartbeat_timeout": 2.5,
+    "extra_s": 40.0,
+    "world_sizes": (4,),
+    "compare": False,
 }
 
 _MISPLACED = Expect("ScopeMismatchError", says=("All ranks of a group must go through the same scopes",), within=0.3)
@@ -814,5 +874,73 @@ FAULTS = (
         culprits=(),
         store="torchrun",
         compare=False,
+    ),
+    # 15. and 16. Two hosts: ranks 0 and 1 on the one with the store, 2 and 3 on one whose clocks are ahead.
+    Fault(
+        "healthy, on two hosts",
+        _nothing,
+        PEACE,
+        culprits=(),
+        **_HOSTS,
+    ),
+    Fault(
+        "body raises on one rank, on two hosts",
+        _raise_in_body,
+        _failed((2,), "RuntimeError: rank 2 gives up", "in _raise_in_body"),
+        culprits=(2,),
+        culprit=Expect("RuntimeError"),
+        **_HOSTS,
+    ),
+    Fault(
+        "sleeps in the body, on two hosts",
+        _sleep_in_body,
+        survivor=_missing(
+            "rank 2 of", "in the body of scope 'fault' for 4", "in _sleep_forever", ranks=(2,), within=_CUT_S + 1
+        ),
+        culprits=(2,),
+        culprit=_missing("rank 2 of", ranks=(2,), within=20.0),
+        next_survivor=_missing("rank 2 of", "in _sleep_forever", ranks=(2,), within=5.0),
+        next_culprit=_missing("rank 2 of", ranks=(2,)),
+        **_HOSTS,
+    ),
+    Fault(
+        "SIGKILL of all ranks of the other host",
+        _kill_in_body,
+        _lost("ranks 2 and 3 of", "no answer", "the machine cannot be reached", ranks=(2, 3), within=3.5),
+        culprits=(2, 3),
+        next_survivor=_lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        next_culprit=None,
+        after=False,
+        exits={2: -signal.SIGKILL, 3: -signal.SIGKILL},
+        **_HOSTS,
+    ),
+    Fault(
+        "cable pulled in the body, put back after the deadline",
+        _pull_cable_in_body,
+        _lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        culprits=(2, 3),
+        culprit=_missing("has not answered for", ranks=None, within=_CUT_S + 1),
+        next_survivor=_lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        next_culprit=_missing("has not answered for", ranks=None, within=5.0),
+        release=_put_cable_back,
+        **_HOSTS,
+    ),
+    Fault(
+        "cable pulled at the barrier, put back after the deadline",
+        _pull_cable_at_barrier,
+        PEACE,
+        culprits=(2, 3),
+        culprit=_missing("has not answered for", ranks=None, within=_CUT_S + 1),
+        next_survivor=_lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        next_culprit=_missing("has not answered for", ranks=None, within=5.0),
+        release=_put_cable_back,
+        **_HOSTS,
+    ),
+    Fault(
+        "cable pulled in the body, put back before the deadline",
+        _pull_and_put_back,
+        Expect(within=3.0),
+        culprits=(),
+        **_HOSTS,
     ),
 )

@@ -45,6 +45,9 @@ GRACE_S = 2.0
 SLOW_S = 0.2
 """How long a reply of a slow store is under way."""
 
+# Seconds by which the monotonic clock of this host is ahead, if it is one of `tests.hosts`.
+_AHEAD_S = float(os.environ.get("TESTS_MONOTONIC_OFFSET_S", "0"))
+
 _POLL_S = 0.002
 _STACKS_S = 0.5
 _FIRST_S = 60.0  # Anything that is no part of the fault.
@@ -107,7 +110,8 @@ class Fault:
         world_sizes: Sizes to do it with.
 
         store: What the ranks meet at: rank 0, a process of its own, the same with replies
-            that take `SLOW_S`, a file, or the agent of a torchrun that plays it.
+            that take `SLOW_S`, a file, the agent of a torchrun that plays it, or that of
+            one on the first of two hosts with as many ranks.
 
         claims: How many ranks there are, by those that are wrong about it. The group then
             has no communicator, which would not start.
@@ -121,6 +125,10 @@ class Fault:
         failure_timeout: Likewise.
 
         next_timeout: Of the next scope.
+
+        after_timeout: Of the one after that.
+
+        heartbeat_timeout: Of the first two, in seconds; then, hosts that were cut off get their time.
 
         group_timeout: Of the group's collectives, in seconds; ``None`` is torch's.
 
@@ -146,13 +154,15 @@ class Fault:
     exits: Mapping[int, int] = attrs.field(factory=dict)
     after: bool = True
     world_sizes: tuple[int, ...] = (2, 4)
-    store: Literal["rank0", "process", "slow", "file", "torchrun"] = "rank0"
+    store: Literal["rank0", "process", "slow", "file", "torchrun", "hosts"] = "rank0"
     claims: Mapping[int, int] = attrs.field(factory=dict)
     thaw_s: float | None = None
     frozen: int | Literal["store"] = 1
     timeout: float = 2.0
     failure_timeout: float = 1.5
     next_timeout: float = 1.0
+    after_timeout: float = 10.0
+    heartbeat_timeout: float = 30.0
     group_timeout: float | None = None
     extra_s: float = 0.0
     reaped: Literal["late", "at once"] = "late"
@@ -273,7 +283,7 @@ class Actor:
 
     def begin(self) -> None:
         """Note that the fault happens now."""
-        _write(f"fault-{self.rank}", repr(time.monotonic()))
+        _write(f"fault-{self.rank}", repr(_now()))
 
     def wait_for_peers(self) -> None:
         """Return when all survivors are on their way into the barrier."""
@@ -342,7 +352,7 @@ class Actor:
         endings = [self._go_through("fault", self.fault.timeout, lambda: self.fault.act(self))]
         if self.mechanism == "scope" and self.fault.expected(self.rank, 1) is not None:
             expect = self.fault.expected(self.rank, 1)
-            if expect is not None and expect.error == "PeerLostError":
+            if expect is not None and expect.error == "PeerLostError" and not self.fault.after:
                 for rank in self.fault.culprits:
                     here().wait_for(f"dead-{rank}")
             body = self._use_group if expect is not None and not expect.error else _nothing
@@ -352,7 +362,7 @@ class Actor:
                 self.fault.release(self)
             if self.fault.after:
                 self.wait_for_release()
-                endings.append(self._go_through("after", 10.0, self._use_group))
+                endings.append(self._go_through("after", self.fault.after_timeout, self._use_group))
         here().announce(f"through-{self.rank}")
         if not self.is_culprit or self.fault.after:
             # One of these may host the store.
@@ -369,7 +379,7 @@ class Actor:
     def _go_through(self, name: str, timeout: float, body: Callable[[], object]) -> Ending:
         error: BaseException | None = None
         entered = False
-        began = self.arrived = time.monotonic()
+        began = self.arrived = _now()
         number = len(self.cleanups)
         self.cleanups.append([])
         scope = self._new_scope(name, timeout)
@@ -382,7 +392,7 @@ class Actor:
                 body()
         except BaseException as raised:  # noqa: BLE001 - all of it is the outcome
             error = raised
-        ended = time.monotonic()
+        ended = _now()
         here().announce(f"left-{name}-{self.rank}")
         verdict = getattr(error, "verdict", None) or getattr(scope, "verdict", None)
         return Ending(
@@ -397,12 +407,17 @@ class Actor:
         )
 
     def _arrive(self) -> None:
-        self.arrived = time.monotonic()
+        self.arrived = _now()
         here().announce(f"arriving-{self.rank}")
 
     def _new_scope(self, name: str, timeout: float) -> Any:
         if self.mechanism == "scope":
-            return collective_scope(name=name, timeout=timeout, failure_timeout=self.fault.failure_timeout)
+            return collective_scope(
+                name=name,
+                timeout=timeout,
+                failure_timeout=self.fault.failure_timeout,
+                heartbeat_timeout=None if name == "after" else self.fault.heartbeat_timeout,
+            )
         return _plain_scope(dist.barrier if self.mechanism == "barrier" else dist.monitored_barrier)
 
 
@@ -432,6 +447,11 @@ def _plain_scope(barrier: Callable[[], object]) -> Iterator[_PlainScope]:
 
 def _nothing() -> None:
     pass
+
+
+def _now() -> float:
+    """Return the seconds of a clock that all processes share."""
+    return time.monotonic() - _AHEAD_S
 
 
 # The processes
@@ -548,7 +568,7 @@ def meet(fault: Fault, rank: int, world_size: int) -> dist.Store:
     """Return a client of the store at which the ranks of *fault* meet; it can be called again."""
     if fault.store == "file":
         return dist.FileStore(str(here().directory / "filestore"), world_size)
-    if fault.store == "torchrun":
+    if fault.store in ("torchrun", "hosts"):
         # One agent, one store, many faults.
         store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=_FIRST_S))))
         return dist.PrefixStore(here().directory.name, store)

@@ -16,6 +16,7 @@ from pathlib import Path
 from tests import _rank
 from tests._rank import RankContext
 from tests.faults._play import perform
+from tests.hosts import set_cable
 
 
 def main(directory: Path) -> None:
@@ -39,7 +40,12 @@ def main(directory: Path) -> None:
             directory=folder,
         )
         _rank.enter(context)
-        (folder / f"performance-{rank}").write_bytes(pickle.dumps(perform(rank, 0, fault, world_size, mechanism)))
+        try:
+            performance = perform(rank, 0, fault, world_size, mechanism)
+        finally:
+            if fault.store == "hosts":
+                set_cable("up")  # Whatever became of who should have put it back.
+        (folder / f"performance-{rank}").write_bytes(pickle.dumps(performance))
 
 
 if __name__ == "__main__":
