@@ -198,6 +198,7 @@ def _stop_in_body(me: Actor) -> None:
 
 
 def _thaw_culprits(me: Actor) -> None:
+    me.wait_for_release()
     for rank in me.fault.culprits:
         thaw(me.pid(rank))
 
