@@ -264,6 +264,15 @@ def _interrupt_while_waiting(me: Actor) -> None:
         me.wait_until_left(me.fault.culprits[0])
 
 
+def _interrupt_twice_while_waiting(me: Actor) -> None:
+    """Interrupt the body, and then the wait for a peer that does not come."""
+    if me.is_culprit:
+        me.once_waiting(lambda: _interrupt(me))
+        _begin_and_interrupt(me)
+    elif me.rank == 0:
+        me.wait_until_left(me.fault.culprits[0])
+
+
 # 10. The body is skipped
 
 
@@ -708,6 +717,12 @@ FAULTS = (
     Fault(
         "SIGINT twice, in the body and in a cleanup",
         _interrupt_twice,
+        _failed((1,), "KeyboardInterrupt"),
+        culprit=Expect("KeyboardInterrupt"),
+    ),
+    Fault(
+        "SIGINT twice, in the body and while it waits",
+        _interrupt_twice_while_waiting,
         _failed((1,), "KeyboardInterrupt"),
         culprit=Expect("KeyboardInterrupt"),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,14 @@ def test_fault_is_survived_in_time_and_told_alike(
 
     defects = defects_of(fault, result.performances)
     assert not defects, "\n".join(defects)
+
+
+def test_table_has_a_row_for_each_fault() -> None:
+    """The table in README.md was written for the faults that there are, in their order."""
+    rows = (Path(__file__).parent / "README.md").read_text().splitlines()[2:]
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows if row.startswith("| ")]
+
+    assert ["fault", "---", *(fault.name for fault in FAULTS)] == names
 
 
 def defects_of(fault: Fault, performances: list[Performance]) -> list[str]:
