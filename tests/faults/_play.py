@@ -66,12 +66,15 @@ class Expect:
         says: What its text contains.
 
         within: Seconds from the fault, or from the rank's arrival if that is later.
+
+        or_peace: Whether it may be left in peace instead, if all that are alike are.
     """
 
     error: str = ""
     ranks: tuple[int, ...] | None = None
     says: tuple[str, ...] = ()
     within: float = 1.0
+    or_peace: bool = False
 
 
 PEACE = Expect()
