@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -366,12 +367,21 @@ class Actor:
             if self.fault.after:
                 self.wait_for_release()
                 endings.append(self._go_through("after", self.fault.after_timeout, self._use_group))
+        elif self.mechanism != "scope":
+            self._release_after_plain_barrier()
         here().announce(f"through-{self.rank}")
         if not self.is_culprit or self.fault.after:
             # One of these may host the store.
             for rank in self.fault.survivors(self.world_size):
                 here().wait_for(f"through-{rank}")
         return Part(tuple(endings), tuple(map(tuple, self.cleanups)))
+
+    def _release_after_plain_barrier(self) -> None:
+        here().announce(f"tried-{self.rank}")
+        if not self.is_culprit and self.fault.release is not None:
+            # A bare barrier that timed out has closed the group's connections.
+            with contextlib.suppress(RuntimeError):
+                self.fault.release(self)
 
     def _use_group(self) -> None:
         if dist.is_initialized() and dist.get_backend() == "gloo" and self.fault.group_timeout is None:
@@ -421,7 +431,9 @@ class Actor:
                 failure_timeout=self.fault.failure_timeout,
                 heartbeat_timeout=None if name == "after" else self.fault.heartbeat_timeout,
             )
-        return _plain_scope(dist.barrier if self.mechanism == "barrier" else dist.monitored_barrier)
+        barrier = dist.barrier if self.mechanism == "barrier" else dist.monitored_barrier
+        # Without it, the latter would wait for half an hour, whatever the group's own limit is.
+        return _plain_scope(partial(barrier, timeout=timedelta(seconds=timeout)))
 
 
 class _PlainScope:
@@ -546,9 +558,8 @@ def _has_ended(pidfd: int) -> bool:
 
 def _play(fault: Fault, rank: int, world_size: int, mechanism: Mechanism) -> NoReturn:
     options: dict[str, Any] = {}
-    timeout = fault.group_timeout if mechanism == "scope" else fault.timeout
-    if timeout is not None:
-        options["timeout"] = timedelta(seconds=timeout)
+    if fault.group_timeout is not None:
+        options["timeout"] = timedelta(seconds=fault.group_timeout)
     backend, claimed = ("fake", fault.claims.get(rank, world_size)) if fault.claims else ("gloo", world_size)
     dist.init_process_group(backend, store=meet(fault, rank, world_size), rank=rank, world_size=claimed, **options)
     _write(f"ready-{rank}", "")

@@ -37,7 +37,7 @@ HEAD = """\
 
 Written by `python -m tests.faults.table`, which plays every fault with real processes over gloo on one machine
 ({machine}): {runs} times with a scope, {runs} times with `dist.barrier()` in the `finally` that people write today,
-and {runs} times with `dist.monitored_barrier()` there. Timeouts are the same for all three; most are 2 s.
+and {runs} times with `dist.monitored_barrier()` there. All three have the same `timeout=`, 2 s for most.
 
 * **What each rank saw** is the exception that left the scope, with the ranks that it names, or how the process ended.
   `hangs`: still there two seconds after the last deadline, and killed by the harness.
