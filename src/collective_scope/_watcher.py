@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("collective_scope")
 
-POLL_S = 0.2
+POLL_S = 0.25
 """How often a watcher looks whether it is asked."""
 
 BEAT_S = 1.0
