@@ -275,6 +275,7 @@ class Actor:
     world_size: int
     mechanism: Mechanism
     scope: Any = None
+    endings: list[Ending] = attrs.field(factory=list)
     cleanups: list[list[int]] = attrs.field(factory=list)
     arrived: float = 0.0
 
@@ -348,25 +349,25 @@ class Actor:
 
     # What happens around them.
 
-    def play(self) -> Part:
+    def play(self) -> None:
         """Go through the scopes."""
         if self.mechanism == "scope" and not self.fault.first:
             with collective_scope(name="before", timeout=_FIRST_S):
                 pass
-        endings = [self._go_through("fault", self.fault.timeout, lambda: self.fault.act(self))]
+        self._go_through("fault", self.fault.timeout, lambda: self.fault.act(self))
         if self.mechanism == "scope" and self.fault.expected(self.rank, 1) is not None:
             expect = self.fault.expected(self.rank, 1)
             if expect is not None and expect.error == "PeerLostError" and not self.fault.after:
                 for rank in self.fault.culprits:
                     here().wait_for(f"dead-{rank}")
             body = self._use_group if expect is not None and not expect.error else _nothing
-            endings.append(self._go_through("next", self.fault.next_timeout, body))
+            self._go_through("next", self.fault.next_timeout, body)
             here().announce(f"tried-{self.rank}")
             if not self.is_culprit and self.fault.release is not None:
                 self.fault.release(self)
             if self.fault.after:
                 self.wait_for_release()
-                endings.append(self._go_through("after", self.fault.after_timeout, self._use_group))
+                self._go_through("after", self.fault.after_timeout, self._use_group)
         elif self.mechanism != "scope":
             self._release_after_plain_barrier()
         here().announce(f"through-{self.rank}")
@@ -374,7 +375,6 @@ class Actor:
             # One of these may host the store.
             for rank in self.fault.survivors(self.world_size):
                 here().wait_for(f"through-{rank}")
-        return Part(tuple(endings), tuple(map(tuple, self.cleanups)))
 
     def _release_after_plain_barrier(self) -> None:
         here().announce(f"tried-{self.rank}")
@@ -389,7 +389,8 @@ class Actor:
             dist.all_reduce(total)
             assert self.world_size == int(total)
 
-    def _go_through(self, name: str, timeout: float, body: Callable[[], object]) -> Ending:
+    def _go_through(self, name: str, timeout: float, body: Callable[[], object]) -> None:
+        """Go through a scope, and leave word of how it ended."""
         error: BaseException | None = None
         entered = False
         began = self.arrived = _now()
@@ -408,7 +409,7 @@ class Actor:
         ended = _now()
         here().announce(f"left-{name}-{self.rank}")
         verdict = getattr(error, "verdict", None) or getattr(scope, "verdict", None)
-        return Ending(
+        ending = Ending(
             error=type(error).__qualname__ if error is not None else "",
             text="\n".join([str(error), *getattr(error, "__notes__", ())]) if error is not None else "",
             traceback="".join(traceback.format_exception(error)) if error is not None else "",
@@ -418,6 +419,9 @@ class Actor:
             ended=ended,
             entered=entered,
         )
+        self.endings.append(ending)
+        # Now: it may not live to tell later.
+        _write(f"part-{self.rank}", pickle.dumps(Part(tuple(self.endings), tuple(map(tuple, self.cleanups)))))
 
     def _arrive(self) -> None:
         self.arrived = _now()
@@ -564,8 +568,7 @@ def _play(fault: Fault, rank: int, world_size: int, mechanism: Mechanism) -> NoR
     dist.init_process_group(backend, store=meet(fault, rank, world_size), rank=rank, world_size=claimed, **options)
     _write(f"ready-{rank}", "")
     actor = Actor(fault, rank, world_size, mechanism)
-    part = actor.play()
-    _write(f"part-{rank}", pickle.dumps(part))
+    actor.play()
     if mechanism != "scope":
         os._exit(0)
     code = max(fault.exits.get(rank, 0), 0)

@@ -103,11 +103,15 @@ def _first(performance: Performance) -> Ending | None:
 
 def _seen(performance: Performance) -> str:
     ending = _first(performance)
-    if ending is None and performance.outlived:
-        return "hangs"
+    if performance.outlived:
+        return "hangs" if ending is None else f"{_told(ending)}, then hangs"
     if ending is None:
         how = performance.exit
         return f"killed by {signal.Signals(-how).name}" if how < 0 else f"gone, exit code {how}"
+    return _told(ending)
+
+
+def _told(ending: Ending) -> str:
     if not ending.error:
         return "leaves in peace"
     verdict = ending.verdict
