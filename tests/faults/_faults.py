@@ -354,8 +354,11 @@ def _nothing(me: Actor) -> None:
 
 
 def _pull_cable_in_body(me: Actor) -> None:
-    """Pull it while everybody is in the body."""
+    """Pull it when everybody is in the body."""
+    here().announce(f"in-body-{me.rank}")
     if me.rank == 0:
+        for rank in range(me.world_size):
+            here().wait_for(f"in-body-{rank}")
         set_cable("down")
         me.begin()
     here().wait_for("fault-0")

@@ -14,7 +14,6 @@ import argparse
 import signal
 import statistics
 import sys
-from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -29,6 +28,11 @@ from tests.faults._stage import Play, Played, Stage, delay
 _NOTHING = "-"
 
 MECHANISMS: tuple[Mechanism, ...] = ("scope", "barrier", "monitored_barrier")
+
+TITLES = (
+    "| fault | with a scope | s | with `dist.barrier()` | s | with `monitored_barrier()` | s |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+)
 
 TARGET = Path(__file__).parent / "README.md"
 
@@ -56,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--lanes", type=int, default=4)
-    parser.add_argument("--only", default="", help="only faults whose name contains this; printed, not written")
+    parser.add_argument("--only", default="", help="play only faults whose name contains this; other rows stay")
     args = parser.parse_args()
     faults = [fault for fault in FAULTS if args.only in fault.name]
     keys = [
@@ -73,11 +77,10 @@ def main() -> int:
         for number, (key, future) in enumerate(zip(keys, futures, strict=True)):
             cells.setdefault(key, []).append(_cell(by_name[key[0]], future))
             print(f"{number + 1} of {len(keys)}: {key[0]}, {key[1]}: {cells[key][-1]}", flush=True)
-    text = "\n".join(_lines(faults, cells, args.runs)) + "\n"
-    if args.only:
-        print(text)
-    else:
-        TARGET.write_text(text)
+    rows = _rows_so_far() | {fault.name: _row(fault, cells) for fault in faults}
+    lines = [*HEAD.format(machine=f"torch {torch.__version__}", runs=args.runs).splitlines(), *TITLES]
+    lines += [rows[fault.name] for fault in FAULTS]
+    TARGET.write_text("\n".join(lines) + "\n")
     return 0
 
 
@@ -124,18 +127,14 @@ def _told(ending: Ending) -> str:
     return f"{ending.error} ({'; '.join(words)})" if words else ending.error
 
 
-def _lines(
-    faults: Iterable[Fault], cells: dict[tuple[str, Mechanism], list[tuple[str, float | None]]], runs: int
-) -> Iterable[str]:
-    yield HEAD.format(machine=f"torch {torch.__version__}", runs=runs).rstrip("\n")
-    yield ""
-    yield "| fault | with a scope | s | with `dist.barrier()` | s | with `monitored_barrier()` | s |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for fault in faults:
-        row = [fault.name]
-        for mechanism in MECHANISMS:
-            row += _columns(cells.get((fault.name, mechanism), []))
-        yield f"| {' | '.join(row)} |"
+def _rows_so_far() -> dict[str, str]:
+    lines = TARGET.read_text().splitlines() if TARGET.exists() else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+
+
+def _row(fault: Fault, cells: dict[tuple[str, Mechanism], list[tuple[str, float | None]]]) -> str:
+    columns = [column for mechanism in MECHANISMS for column in _columns(cells.get((fault.name, mechanism), []))]
+    return f"| {' | '.join([fault.name, *columns])} |"
 
 
 def _columns(runs: list[tuple[str, float | None]]) -> tuple[str, str]:
