@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import selectors
 import shutil
 import signal
@@ -79,6 +80,7 @@ _EXIT_TIMEOUT_S = 60.0
 _STACKS_TIMEOUT_S = 3.0
 _SHOWN_CHARACTERS = 20_000
 _MARK = "TESTS_RANKS_MARK"
+_NO_DNS = re.compile(r"^.*The hostname of the client socket cannot be retrieved\. err=-3\n", re.MULTILINE)
 _SITE = Path(__file__).parent / "_site"
 
 # Stacks can be had before torch is imported, and of a process that holds the GIL.
@@ -410,7 +412,7 @@ class _Process:
         self._seen = {path: path.stat().st_size for path in (self.stdout, self.stderr)}
 
     def read(self, path: Path) -> str:
-        return path.read_bytes()[self._seen.get(path, 0) :].decode(errors="replace")
+        return _without_our_noise(path.read_bytes()[self._seen.get(path, 0) :].decode(errors="replace"))
 
     def describe(self) -> str:
         sections = {
@@ -841,7 +843,8 @@ def run_script(
             code = popen.wait(_EXIT_TIMEOUT_S)
             _kill_marked(mark)
         sections = {
-            name: Path(file.name).read_text(errors="replace") for name, file in (("stdout", stdout), ("stderr", stderr))
+            name: _without_our_noise(Path(file.name).read_text(errors="replace"))
+            for name, file in (("stdout", stdout), ("stderr", stderr))
         }
     if what is None and expect_exit is not None and code != expect_exit:
         what = f"{_exit_text(code)}, expected: {_exit_text(expect_exit)}"
@@ -934,6 +937,11 @@ def _environment(mark: str, added: Mapping[str, str]) -> dict[str, str]:
         "RES_OPTIONS": "attempts:0",
     }
     return {**inherited, **ours, **added}
+
+
+def _without_our_noise(text: str) -> str:
+    """Take out what torch says, once in each process, because we keep it from asking the DNS."""
+    return _NO_DNS.sub("", text)
 
 
 def _marked(mark: str) -> list[int]:
