@@ -61,8 +61,8 @@ def _is_waiting(store: dist.Store, rank: int, world_size: int, *, round_: int = 
 
 
 def _few_keys(store: dist.Store, world_size: int) -> bool:
-    # A record and a seat each, the life, the count of failures, and two keys of the last round.
-    return wait_until(lambda: store.num_keys() <= 2 * world_size + 4, SOON_S)
+    # A record and a seat each, the life, the count of failures, the watchers' news, and two keys of the last round.
+    return wait_until(lambda: store.num_keys() <= 2 * world_size + 5, SOON_S)
 
 
 # Agreement

@@ -20,7 +20,7 @@ from ._outcome import Record, Verdict, judge
 from ._process import Place, Process
 from ._protocol import Protocol, Wait, all_ok
 from ._store_thread import ABSENT, Failed, Tell, peek
-from ._watcher import view
+from ._watcher import ask, view
 
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Lookout:
         for rank in ranks:
             process = self._process(rank)
             if process is not None and not (process.is_here and process.has_ended):
-                self._asked[rank] = view(store).add(f"{process.key}/asked", 1)
+                self._asked[rank] = ask(view(store), process)
 
     def _locate(self, store: Store, ranks: Iterable[int]) -> dict[int, Place]:
         """Return where *ranks* are, by their own account or, failing that, by the system's."""

@@ -113,9 +113,10 @@ def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
     return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; {told}"
 
 
-def attached(exc: BaseException, phase: str) -> str:
+def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
     """Mention a later error on the one that is raised."""
-    return f"In addition, {phase}: {type_name(exc)}: {message_of(exc)}"
+    kind, message = type_name(exc), message_of(exc)
+    return f"In addition, {phase}: {f'{kind}: {message}' if in_full else one_line(kind, message)}"
 
 
 def skipped(cleanups: Iterable[object]) -> str:
