@@ -186,8 +186,7 @@ class Barrier:
                 self._warn_if_blind(lookout, warn_at)
                 warn_at = next(warnings)
             # The lookout ends the wait; this bound holds when the store keeps it from doing so.
-            read = lookout.wait.read
-            limit = (read[1] + LINGER_S if read is not None else lookout.deadline) + GRACE_S
+            limit = _limit(lookout) + GRACE_S
             if time.monotonic() > limit:
                 self._helper = None
                 return self._without_store(lookout, TimeoutError())
@@ -225,7 +224,8 @@ class Barrier:
         if isinstance(error, RuntimeError):
             self._gone = error
         lookout.wait.gave_up = lookout.wait.claim()
-        return self._unreachable(lookout.mine, time.monotonic() - lookout.start, error)
+        now = time.monotonic()
+        return self._unreachable(lookout.mine, now - lookout.start, error, silence=now - lookout.looked_at)
 
     def _stop_waiting(self, lookout: Lookout, interrupt: BaseException) -> Verdict:
         """End the round for all: an interrupt has ended the wait of this rank."""
@@ -251,7 +251,7 @@ class Barrier:
     def _is_hosted_elsewhere(self) -> bool:
         return _is_hosted_elsewhere(self._protocol, self._hosts())
 
-    def _unreachable(self, mine: Record, waited: float, error: Exception) -> Verdict:
+    def _unreachable(self, mine: Record, waited: float, error: Exception, *, silence: float = 0.0) -> Verdict:
         """No store, so no agreement: what this rank alone can say."""
         gone = not isinstance(error, TimeoutError)
         server = None if self._is_hosted_elsewhere() else self._protocol.server
@@ -266,7 +266,7 @@ class Barrier:
             missing=tuple(rank for rank in range(self.world_size) if rank != self.rank and rank not in lost),
             lost=lost,
             timeout=waited,
-            reason=_report.store_trouble(server, waited, error if gone else None),
+            reason=_report.store_trouble(server, silence, error if gone else None),
         )
 
 
@@ -276,6 +276,15 @@ def _get(replies: SimpleQueue[Any], until: float) -> Any:
         return replies.get(timeout=max(0.0, until - time.monotonic()))
     except Empty:
         return None
+
+
+def _limit(lookout: Lookout) -> float:
+    if lookout.wait.read is not None:
+        return lookout.wait.read[1] + LINGER_S
+    if lookout.decided is not None and lookout.decided.ok:
+        # All had arrived at the deadline, but some may have given up: the thread in the store finds out.
+        return lookout.looked_at + LINGER_S
+    return lookout.deadline
 
 
 def _is_hosted_elsewhere(protocol: Protocol, hosts: list[Process]) -> bool:

@@ -111,7 +111,7 @@ class Lookout:
             if self._has_read(store, now):
                 self._let_go(store, now)
             elif news == CLOSED or self.decided is not None or self._look(store, now):
-                if self.wait.for_ok and (self.decided is None or not self.decided.ok):
+                if self.wait.for_ok and (news == CLOSED or (self.decided is not None and not self.decided.ok)):
                     replies.put(CLOSED)
                     return
             elif now >= warn_at:
@@ -120,9 +120,8 @@ class Lookout:
                 verdict = judge(self._records, self.mine, self.protocol.world_size, where=where)
                 logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
             self._pause(CHECK_S if now >= self.deadline else min(CHECK_S, self.deadline - now))
-        if self.wait.gave_up:
-            reason = f"rank {self.protocol.rank} gave up, because the store did not answer in time"
-            self.protocol.resign(self.mine, reason, store, tell, gave_up=True)
+        if self.wait.must_resign():
+            self.protocol.resign(self.mine, self.protocol.gave_up, store, tell, gave_up=True)
 
     def _shorten(self, replies: SimpleQueue[Any], now: float) -> None:
         """Wait for `failure_timeout` only from the moment at which a failure is known."""

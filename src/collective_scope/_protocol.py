@@ -28,8 +28,9 @@ The keys of round *t*, under a prefix that no other life of the group uses:
     The verdict, where there is something to report. The first writer wins.
 ``{t}/read``, ``{t}/empty``
     How many ranks have read that verdict; set when all have.
-``{t}/gave_up``
-    Set by a rank that raised without a verdict, because the store was frozen.
+``{t}/resigned``, ``{t}/gave_up``
+    Set by a rank that ends its wait before it says so in a verdict, and by one
+    that raised without a verdict, because the store was frozen.
 
 The rank that arrives last knows from the count that all is well, so a healthy
 round costs a rank two calls: ``add``, and ``wait`` or ``set``. Its keys are
@@ -79,7 +80,7 @@ class Wait:
         read: The verdict and when it was read, on a rank that now waits for confirmations of its peers.
         confirmed: The keys that are set when all have confirmed.
         disturbed: Set when the wait for confirmations was ended by something else.
-        gave_up: Set when the rank has raised without a verdict.
+        gave_up: Set when the rank has raised without a verdict, which is to be told as soon as that can be.
     """
 
     for_ok: bool = False
@@ -88,10 +89,17 @@ class Wait:
     disturbed: bool = False
     gave_up: bool = False
     _turn: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _asking: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def claim(self) -> bool:
         """Become the one that acts on the end of the wait: the first of the two threads does."""
         return self._turn.acquire(blocking=False)
+
+    def must_resign(self) -> bool:
+        """Whether the peers are to be told, by the thread that asks first, that the rank gave up."""
+        with self._asking:
+            gave_up, self.gave_up = self.gave_up, False
+        return gave_up
 
 
 @attrs.define(eq=False)
@@ -152,6 +160,15 @@ class Protocol:
 
     def attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later | None:
         """Arrive, wait, read, confirm; return None if somebody else has claimed the wait."""
+        verdict = self._attend(mine, wait, store, tell)
+        return self.resign(mine, self.gave_up, store, tell, gave_up=True) if wait.must_resign() else verdict
+
+    @property
+    def gave_up(self) -> str:
+        """Why a round ends that this rank has not waited for to the end."""
+        return f"rank {self.rank} gave up, because the store did not answer in time"
+
+    def _attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later | None:
         if not mine.outcome.ok:
             self.publish(mine, store, tell)
         elif mine.cleanups:
@@ -164,7 +181,7 @@ class Protocol:
         if not is_last:
             store.wait([f"{mine.round}/verdict"], FOREVER)
         elif not wait.gave_up:
-            self.close(mine, store)
+            self.close(mine, store)  # all are here, so nobody else may do so
         return self.read(mine, wait, store, tell) if wait.claim() else None
 
     def _attend_ok(
@@ -224,7 +241,7 @@ class Protocol:
         by_host = verdict.complete and self.server is not None
         if self.is_host if by_host else readers == self.world_size:
             keys += [count_key, f"{count_key}/ok", *self._stale]
-            keys += [f"{t}/{key}" for key in ("news", "verdict", "read", "empty")]
+            keys += [f"{t}/{key}" for key in ("news", "verdict", "read", "empty", "resigned", "gave_up")]
             self._stale = []
         return _later(verdict, keys)
 
@@ -270,6 +287,7 @@ class Protocol:
             counts: Whether to confirm the verdict, because nobody else does on this rank.
             gave_up: Whether this rank has raised already, so that no other may leave in peace.
         """
+        store.set(f"{mine.round}/resigned", "")
         verdict, keys = self.close(mine, store, reason=reason, gave_up=gave_up), []
         if counts and verdict.complete:
             store.set(f"{mine.round}/seen/{self.rank}", "")
@@ -312,6 +330,9 @@ class Protocol:
         if reason:
             records[self.rank] = mine
         verdict = judge(records, mine, self.world_size, timeout=waited, reason=reason, lost=lost, where=where)
+        if verdict.ok and peek(store, f"{t}/resigned") != ABSENT:
+            # All have arrived, and one of them does not wait any more. That is for it to say.
+            store.wait([f"{t}/verdict"], FOREVER)
         decided = set_first(store, f"{t}/verdict", verdict.encode())
         if gave_up:
             store.set(f"{t}/gave_up", "")

@@ -432,7 +432,8 @@ class Actor:
             return collective_scope(
                 name=name,
                 timeout=timeout,
-                failure_timeout=self.fault.failure_timeout,
+                # In the last one, whoever was cut off has time to come back.
+                failure_timeout=timeout if name == "after" else self.fault.failure_timeout,
                 heartbeat_timeout=None if name == "after" else self.fault.heartbeat_timeout,
             )
         barrier = dist.barrier if self.mechanism == "barrier" else dist.monitored_barrier
