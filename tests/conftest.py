@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.ranks import RankPool, busy_cores
 
 
 @pytest.fixture(scope="session", name="rank_pools")
@@ -28,9 +28,27 @@ def _rank_pools() -> Iterator[Callable[[int], RankPool]]:
         yield get
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _load(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep all cores busy, if asked to."""
+    with busy_cores() if request.config.getoption("--busy") else contextlib.nullcontext():
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--long``."""
+    """Add the options of these tests."""
     parser.addoption("--long", action="store_true", help="run tests marked 'long'")
+    parser.addoption("--repeat", type=int, default=1, metavar="N", help="run each test N times")
+    parser.addoption("--busy", action="store_true", help="keep all cores busy meanwhile")
+    parser.addoption("--lanes", type=int, default=3, metavar="N", help="play N faults at a time")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Repeat each test as often as asked for."""
+    times = metafunc.config.getoption("--repeat")
+    if times > 1:
+        metafunc.fixturenames.append("repetition")
+        metafunc.parametrize("repetition", range(times), ids=lambda number: f"time{number}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import selectors
 import shutil
 import signal
@@ -79,6 +80,7 @@ _EXIT_TIMEOUT_S = 60.0
 _STACKS_TIMEOUT_S = 3.0
 _SHOWN_CHARACTERS = 20_000
 _MARK = "TESTS_RANKS_MARK"
+_NO_DNS = re.compile(r"^.*The hostname of the client socket cannot be retrieved\. err=-3\n", re.MULTILINE)
 _SITE = Path(__file__).parent / "_site"
 
 # Stacks can be had before torch is imported, and of a process that holds the GIL.
@@ -410,7 +412,7 @@ class _Process:
         self._seen = {path: path.stat().st_size for path in (self.stdout, self.stderr)}
 
     def read(self, path: Path) -> str:
-        return path.read_bytes()[self._seen.get(path, 0) :].decode(errors="replace")
+        return _without_our_noise(path.read_bytes()[self._seen.get(path, 0) :].decode(errors="replace"))
 
     def describe(self) -> str:
         sections = {
@@ -449,6 +451,9 @@ class RankPool:
 
         env: Environment variables for the ranks, added to those here.
 
+        quiet: Whether `run()` prints nothing. What a thread prints, pytest shows with
+            whichever test is running.
+
     Example:
         >>> with RankPool(2) as pool:
         ...     assert [1, 1] == values(pool.run(sum_of_ranks))
@@ -462,6 +467,7 @@ class RankPool:
     init: bool = True
     group_timeout_s: float | None = None
     env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    quiet: bool = False
     _ranks: list[_Process] = attrs.field(factory=list, init=False, repr=False)
     _servers: list[_Process] = attrs.field(factory=list, init=False, repr=False)
     _own_server: dist.Store | None = attrs.field(default=None, init=False, repr=False)
@@ -705,7 +711,8 @@ class RankPool:
         text = "\n".join(map(str, results))
         if defects:
             raise RanksError("\n".join([*defects, text]))
-        print(text)  # pytest shows it if the test fails.
+        if not self.quiet:
+            print(text)  # pytest shows it if the test fails.
         return tuple(results)
 
     def _discard(self) -> None:
@@ -779,6 +786,7 @@ def _load_report(path: Path) -> Report | None:
 
 def run_script(
     *command: str | Path,
+    prefix: Iterable[str] = (),
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
@@ -789,6 +797,8 @@ def run_script(
 
     Args:
         command: For example a path and its arguments, or ``"-m"`` and a module.
+
+        prefix: A command that runs the one that follows it, somewhere else.
 
         timeout: Seconds from start to end.
 
@@ -814,7 +824,7 @@ def run_script(
         tempfile.NamedTemporaryFile() as stderr,
     ):
         popen = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [*prefix, sys.executable, *map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -833,7 +843,8 @@ def run_script(
             code = popen.wait(_EXIT_TIMEOUT_S)
             _kill_marked(mark)
         sections = {
-            name: Path(file.name).read_text(errors="replace") for name, file in (("stdout", stdout), ("stderr", stderr))
+            name: _without_our_noise(Path(file.name).read_text(errors="replace"))
+            for name, file in (("stdout", stdout), ("stderr", stderr))
         }
     if what is None and expect_exit is not None and code != expect_exit:
         what = f"{_exit_text(code)}, expected: {_exit_text(expect_exit)}"
@@ -921,8 +932,16 @@ def _environment(mark: str, added: Mapping[str, str]) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",  # What was printed before a kill is kept.
+        # A TCPStore asks the DNS for the name of each client, on the thread that serves all
+        # of them; a lost reply would stop it for five seconds. With this, nobody is asked.
+        "RES_OPTIONS": "attempts:0",
     }
     return {**inherited, **ours, **added}
+
+
+def _without_our_noise(text: str) -> str:
+    """Take out what torch says, once in each process, because we keep it from asking the DNS."""
+    return _NO_DNS.sub("", text)
 
 
 def _marked(mark: str) -> list[int]:

@@ -49,6 +49,10 @@ class HookedStore(dist.Store):
         self._before("compare_set", key)
         return self._store.compare_set(key, expected, desired)
 
+    def check(self, keys: list[str]) -> bool:  # noqa: D102
+        self._before("check", keys[0])
+        return self._store.check(keys)
+
     def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=PATIENCE_S)) -> None:  # noqa: D102
         self._before("wait", keys[0])
         self._store.wait(keys, timeout)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from . import _report
-from ._lookout import CHECK_S, LINGER_S, Lookout, warning_times
+from ._lookout import CHECK_S, CLOSED, LINGER_S, Lookout, warning_times
 from ._outcome import Outcome, Record, Verdict, judge
 from ._process import NOBODY, Place, Process, me
-from ._protocol import Protocol
-from ._store_thread import Done, Failed, Job, StoreThread, Tell
+from ._protocol import Protocol, Wait
+from ._store_thread import Done, Failed, Job, Later, StoreThread, Tell
 from ._watcher import POLL_S, Watcher
 
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("collective_scope")
 
 HEARTBEAT_TIMEOUT_S = 30.0
 
-GRACE_S = 0.9
+GRACE_S = 0.8
 """How long after its deadline a wait may take to end; then the store is taken for frozen."""
 
 
@@ -95,13 +95,17 @@ class Barrier:
             return self._unreachable(mine, 0.0, self._gone)
         now = time.monotonic()
         deadline = now + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
-        lookout = Lookout(self._protocol, mine, now, deadline, heartbeat_timeout)
+        lookout = Lookout(self._protocol, mine, now, deadline, failure_timeout, heartbeat_timeout)
         try:
-            verdict = self._await(lookout, failure_timeout)
+            verdict = self._await(self._protocol.attend, lookout)
+            if verdict is None:
+                lookout = self._look_elsewhere(lookout)
+                verdict = self._await(self._protocol.read, lookout) or lookout.decided
+                assert verdict is not None  # noqa: S101  (only attend() leaves it open)
         except BaseException as interrupt:
             # A signal. The peers must not be told later that this rank left in peace.
             lookout.over = True
-            self.in_step = self._stop_waiting(mine, interrupt).complete
+            self.in_step = self._stop_waiting(lookout, interrupt).complete
             raise
         finally:
             lookout.over = True
@@ -133,7 +137,7 @@ class Barrier:
 
     def survey(self, mine: Record) -> dict[int, Place]:
         """Return where the other ranks are, as far as that can be said within a second or two."""
-        lookout = Lookout(self._protocol, mine, time.monotonic(), 0.0, math.inf)
+        lookout = Lookout(self._protocol, mine, time.monotonic(), 0.0, 0.0, math.inf)
         try:
             places: dict[int, Place] = self._new_thread().call(lookout.survey, 2 * GRACE_S)
         except (TimeoutError, RuntimeError) as error:
@@ -144,40 +148,45 @@ class Barrier:
     # What follows runs on the thread that called arrive().
 
     def _mine(self, record: Record) -> Record:
-        return attrs.evolve(record, round=self._round, process=me())
+        r = record  # by hand: attrs.evolve takes three times as long, and every exit waits for this
+        return Record(self._round, r.stage, r.scope, r.sequence, r.outcome, r.cleanups, r.arrived, me())
 
-    def _new_thread(self, farewell: Job | None = None) -> StoreThread:
+    def _new_thread(self) -> StoreThread:
         # Not a method: a thread that refers to this object would keep it, and itself, alive.
         connect, protocol = self.connect, self._protocol
-        return StoreThread(lambda: protocol.join(connect()), farewell)
+        return StoreThread(lambda: protocol.join(connect()))
 
     def _leave_thread_behind(self) -> None:
         if self._thread is not None:  # pragma: no branch  (None only if an interrupt comes between two lines)
-            self._thread.leave_behind()
+            self._thread.farewell.clear()
         self._thread = None
 
     def _ask(self, job: Job) -> SimpleQueue[Any]:
         if self._thread is None:
-            self._thread = self._new_thread(functools.partial(_end_life, self._protocol, self._hosts()))
+            self._thread = self._new_thread()
+        if not self._thread.farewell:
+            self._thread.farewell.append(functools.partial(_end_life, self._protocol, self._hosts()))
         return self._thread.submit(job)
 
-    def _await(self, lookout: Lookout, failure_timeout: float) -> Verdict:
-        replies = self._ask(functools.partial(self._protocol.attend, lookout.mine, lookout.wait))
+    def _await(
+        self, job: Callable[[Record, Wait, Store, Tell], Verdict | Later | None], lookout: Lookout
+    ) -> Verdict | None:
+        """Wait for *job*, looking out meanwhile; return None if the round was closed and the job cannot know."""
+        replies = self._ask(functools.partial(job, lookout.mine, lookout.wait))
         reply = _get(replies, lookout.start + CHECK_S)
-        if not isinstance(reply, Done | Failed):
+        if reply is None:
             self._helper = self._helper or self._new_thread()
-            self._helper.submit(lookout.run)
+            self._helper.submit(functools.partial(lookout.run, replies))
         warnings = warning_times(lookout.start)
         warn_at = next(warnings)
         while not isinstance(reply, Done | Failed):
-            if reply is not None:  # a peer has failed
-                lookout.deadline = min(lookout.deadline, time.monotonic() + failure_timeout)
-            elif time.monotonic() >= warn_at:
+            if reply == CLOSED:
+                return None
+            if reply is None and time.monotonic() >= warn_at:
                 self._warn_if_blind(lookout, warn_at)
                 warn_at = next(warnings)
             # The lookout ends the wait; this bound holds when the store keeps it from doing so.
-            read = lookout.wait.read
-            limit = (read[1] + LINGER_S if read is not None else lookout.deadline) + GRACE_S
+            limit = _limit(lookout) + GRACE_S
             if time.monotonic() > limit:
                 self._helper = None
                 return self._without_store(lookout, TimeoutError())
@@ -188,6 +197,17 @@ class Barrier:
             raise reply.error
         return self._without_store(lookout, reply.error)
 
+    def _look_elsewhere(self, lookout: Lookout) -> Lookout:
+        """Leave the thread behind that waits for ``ok`` in vain, and go on with the one that knows better."""
+        lookout.over = lookout.wait.claim()
+        self._leave_thread_behind()
+        self._thread, self._helper = self._helper, None
+        now = time.monotonic()
+        second = Lookout(self._protocol, lookout.mine, now, now, 0.0, lookout.heartbeat_timeout)
+        second.decided = lookout.decided
+        second.wait.claim()  # the peers know already
+        return second
+
     def _warn_if_blind(self, lookout: Lookout, at: float) -> None:
         # As long as the store answers, the lookout warns, and names names.
         if at > lookout.looked_at + GRACE_S:
@@ -196,7 +216,6 @@ class Barrier:
 
     def _without_store(self, lookout: Lookout, error: Exception) -> Verdict:
         """Choose what to go by when the thread in the store does not come back with a verdict."""
-        lookout.wait.gave_up = True
         self._leave_thread_behind()
         if lookout.wait.read is not None:
             return lookout.wait.read[0]  # only confirmations of peers were missing
@@ -204,19 +223,21 @@ class Barrier:
             return lookout.decided
         if isinstance(error, RuntimeError):
             self._gone = error
-        return self._unreachable(lookout.mine, time.monotonic() - lookout.start, error)
+        lookout.wait.gave_up = lookout.wait.claim()
+        now = time.monotonic()
+        return self._unreachable(lookout.mine, now - lookout.start, error, silence=now - lookout.looked_at)
 
-    def _stop_waiting(self, mine: Record, interrupt: BaseException) -> Verdict:
+    def _stop_waiting(self, lookout: Lookout, interrupt: BaseException) -> Verdict:
         """End the round for all: an interrupt has ended the wait of this rank."""
+        mine = lookout.mine
         if mine.outcome.ok:
             mine = attrs.evolve(mine, outcome=Outcome.of(interrupt, "barrier"))
         reason = _report.stopped_waiting(self.rank, interrupt)
+        resign = functools.partial(self._protocol.resign, mine, reason, counts=lookout.wait.claim())
         self._leave_thread_behind()
         self._helper = self._helper or self._new_thread()
         try:
-            verdict: Verdict = self._helper.call(
-                lambda store, _: self._protocol.close(mine, store, reason=reason), GRACE_S / 2
-            )
+            verdict: Verdict = self._helper.call(resign, GRACE_S / 2)
         except (TimeoutError, RuntimeError) as error:
             self._helper = None
             logger.warning("rank %d could not tell its peers that it stopped waiting: %s", self.rank, error)
@@ -228,12 +249,12 @@ class Barrier:
         return self.watcher.server if self.watcher is not None else [NOBODY] if self.server is None else []
 
     def _is_hosted_elsewhere(self) -> bool:
-        return self.server is None or NOBODY in self._hosts()
+        return _is_hosted_elsewhere(self._protocol, self._hosts())
 
-    def _unreachable(self, mine: Record, waited: float, error: Exception) -> Verdict:
+    def _unreachable(self, mine: Record, waited: float, error: Exception, *, silence: float = 0.0) -> Verdict:
         """No store, so no agreement: what this rank alone can say."""
         gone = not isinstance(error, TimeoutError)
-        server = None if self._is_hosted_elsewhere() else self.server
+        server = None if self._is_hosted_elsewhere() else self._protocol.server
         lost = (server,) if gone and server is not None and server != self.rank else ()
         return Verdict(
             scope=mine.scope,
@@ -245,7 +266,7 @@ class Barrier:
             missing=tuple(rank for rank in range(self.world_size) if rank != self.rank and rank not in lost),
             lost=lost,
             timeout=waited,
-            reason=_report.store_trouble(server, waited, error if gone else None),
+            reason=_report.store_trouble(server, silence, error if gone else None),
         )
 
 
@@ -257,7 +278,20 @@ def _get(replies: SimpleQueue[Any], until: float) -> Any:
         return None
 
 
+def _limit(lookout: Lookout) -> float:
+    if lookout.wait.read is not None:
+        return lookout.wait.read[1] + LINGER_S
+    if lookout.decided is not None and lookout.decided.ok:
+        # All had arrived at the deadline, but some may have given up: the thread in the store finds out.
+        return lookout.looked_at + LINGER_S
+    return lookout.deadline
+
+
+def _is_hosted_elsewhere(protocol: Protocol, hosts: list[Process]) -> bool:
+    return protocol.server is None or (not protocol.is_settled and NOBODY in hosts)
+
+
 def _end_life(protocol: Protocol, hosts: list[Process], store: Store, tell: Tell) -> None:
     """End the life of a destroyed group in a store that outlives it; where a rank hosts the store, it does not."""
-    if NOBODY in hosts:
+    if _is_hosted_elsewhere(protocol, hosts):
         protocol.end(store, tell)

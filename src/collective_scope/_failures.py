@@ -96,7 +96,9 @@ class Failures:
     def attach(self, primary: BaseException, rest: Iterable[tuple[str, BaseException]] | None = None) -> None:
         """Attach *rest*, by default all that was raised here, to what surfaces: as notes and as an attribute."""
         rest = list(self._raised if rest is None else rest)
-        texts = [_report.attached(error, phase) for phase, error in rest]
+        # A failure that leaves many nested scopes finds its own echo from the peers at each: told in full once.
+        is_echo = bool(getattr(primary, "collective_scope_errors", ()))
+        texts = [_report.attached(error, phase, in_full=not is_echo) for phase, error in rest]
         if self.skipped:
             texts.append(_report.skipped(self.skipped))
         try:

@@ -152,7 +152,7 @@ def _of_process_group(group: ProcessGroup) -> tuple[Barrier, object]:
     if barrier is None:
         ranks = dist.get_process_group_ranks(group)
         connect = functools.partial(_clone, weakref.ref(store))
-        server = _server(store, ranks)
+        server = _server(store, ranks, group.rank())
         barrier = Barrier(
             connect=connect,
             rank=group.rank(),
@@ -187,15 +187,17 @@ def _clone(ref: weakref.ref[Store]) -> Store:
     return cast("Store", store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
-def _server(store: Store, ranks: list[int]) -> int | None:
-    """Return the rank, within the group, whose process hosts the store; None if none does."""
-    return ranks.index(0) if _by_rank_0(_base(store)) and 0 in ranks else None
-
-
-def _by_rank_0(base: Store) -> bool:
+def _server(store: Store, ranks: list[int], rank: int) -> int | None:
+    """Return the rank, within the group, whose process hosts the store; None if none does. A guess, except for *rank*."""
+    base = _base(store)
+    if not isinstance(base, dist.TCPStore):
+        return None
+    if listens_on(base.port):
+        return rank
     # torchrun hosts the store in its agent and says so; otherwise it is global rank 0
-    # (torch/distributed/rendezvous.py).
-    return isinstance(base, dist.TCPStore) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # (torch/distributed/rendezvous.py), unless it was made by hand.
+    is_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return None if is_by_agent or 0 not in ranks or ranks.index(0) == rank else ranks.index(0)
 
 
 def _base(store: Store) -> Store:

@@ -10,16 +10,17 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from . import _report
 from ._outcome import Record, Verdict, judge
 from ._process import Place, Process
-from ._protocol import Protocol, Wait
-from ._store_thread import ABSENT, Tell, peek
-from ._watcher import view
+from ._protocol import Protocol, Wait, all_ok
+from ._store_thread import ABSENT, Failed, Tell, peek
+from ._watcher import ask, view
 
 
 if TYPE_CHECKING:
@@ -27,14 +28,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("collective_scope")
 
-CHECK_S = 0.25
+CHECK_S = 0.1
 """How long a rank waits before anything is looked for, and how often then."""
+
+FAILED, CLOSED = "failed", "closed"
+"""What the waiting thread is told: a rank failed, so the deadline has moved; the verdict is there, and not ``ok``."""
 
 ASK_S = 1.0
 """How long before the deadline missing ranks are asked where they are."""
 
 ANSWER_S = 0.5
-"""How long an answer that is due is waited for."""
+"""How long an answer takes at most; who was asked earlier than that and has not answered will not."""
 
 PAUSE_S = 0.02
 
@@ -58,6 +62,7 @@ class Lookout:
         mine: What this rank told in the round that it waits for.
         start: When it arrived, on the monotonic clock.
         deadline: When the wait ends, on the same clock; may be moved while it runs.
+        failure_timeout: Longest wait in seconds from the moment at which a failure is known.
         heartbeat_timeout: Seconds without a heartbeat after which a rank on another machine counts as lost.
     """
 
@@ -65,37 +70,83 @@ class Lookout:
     mine: Record
     start: float
     deadline: float
+    failure_timeout: float
     heartbeat_timeout: float
     wait: Wait = attrs.field(factory=Wait, init=False)
     decided: Verdict | None = attrs.field(default=None, init=False)
     """The verdict, if it was this lookout that ended the wait."""
     over: bool = attrs.field(default=False, init=False)
     """Set by the waiting thread when it waits no more."""
-    looked_at: float = attrs.field(default=0.0, init=False)
+    looked_at: float = attrs.field(default=attrs.Factory(lambda self: self.start, takes_self=True), init=False)
     """When the store was last heard of."""
+    _has_failed: bool = attrs.field(
+        default=attrs.Factory(lambda self: not self.mine.outcome.ok, takes_self=True), init=False
+    )
     _records: dict[int, Record] = attrs.field(factory=dict, init=False)
     _beats: dict[int, tuple[str, float]] = attrs.field(factory=dict, init=False)
     _asked: dict[int, int] = attrs.field(factory=dict, init=False)
     _asked_at: float = attrs.field(default=0.0, init=False)
 
-    def run(self, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
-        """Look out until the wait is over."""
+    def run(self, replies: SimpleQueue[Any], store: Store, tell: Tell) -> None:
+        """Look out until the wait is over; tell the waiting thread, in *replies*, what it cannot see."""
+        try:
+            self._run(replies, store, tell)
+        except BaseException as error:
+            # The thread that waits in the store meets torch's store errors itself.
+            if not isinstance(error, RuntimeError):
+                replies.put(Failed(error))
+            raise
+
+    def _run(self, replies: SimpleQueue[Any], store: Store, tell: Tell) -> None:
+        if self.mine.outcome.ok and not self.over:
+            # Who arrived in peace has told nobody so far.
+            store.set(f"rank/{self.protocol.rank}", self.mine.encode())
         warnings = warning_times(self.start)
         warn_at = next(warnings)
         while not self.over:
             self.looked_at = now = time.monotonic()
-            if self.wait.read is not None:
-                if self._has_lingered(now):
-                    store.set(f"{self.mine.round}/empty", "")
+            news = peek(store, f"{self.mine.round}/news")
+            if news == FAILED and not self._has_failed:
+                self._shorten(replies, now)
+            if self._has_read(store, now):
+                self._let_go(store, now)
+            elif news == CLOSED or self.decided is not None or self._look(store, now):
+                if self.wait.for_ok and (news == CLOSED or (self.decided is not None and not self.decided.ok)):
+                    replies.put(CLOSED)
                     return
-            elif self._look(store, now):
-                return
             elif now >= warn_at:
                 warn_at = next(warnings)
                 where = self._locate(store, self._missing())
                 verdict = judge(self._records, self.mine, self.protocol.world_size, where=where)
                 logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
-            self._pause(max(0.0, min(CHECK_S, self.deadline - now)))
+            self._pause(CHECK_S if now >= self.deadline else min(CHECK_S, self.deadline - now))
+        if self.wait.must_resign():
+            self.protocol.resign(self.mine, self.protocol.gave_up, store, tell, gave_up=True)
+
+    def _shorten(self, replies: SimpleQueue[Any], now: float) -> None:
+        """Wait for `failure_timeout` only from the moment at which a failure is known."""
+        self._has_failed = True
+        if now + self.failure_timeout < self.deadline:
+            self.deadline = now + self.failure_timeout
+            replies.put(FAILED)
+
+    def _let_go(self, store: Store, now: float) -> None:
+        """End the wait for confirmations that will not come."""
+        if self._has_lingered(now) or peek(store, f"{self.mine.round}/gave_up") != ABSENT:
+            self.wait.disturbed = True
+            for key in self.wait.confirmed:
+                store.set(key, "")
+
+    def _has_read(self, store: Store, now: float) -> bool:
+        """Whether this rank knows the verdict, and waits for its peers to know it."""
+        if (
+            self.wait.read is None
+            and self.wait.for_ok
+            and self.protocol.is_host
+            and self.protocol.is_ok(self.mine, store)
+        ):
+            self.wait.read = (all_ok(self.mine, self.protocol.world_size), now)
+        return self.wait.read is not None
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -115,11 +166,15 @@ class Lookout:
         # A rank that has arrived does not leave before there is a verdict: if its process is gone, it is lost too.
         others = [rank for rank in range(self.protocol.world_size) if rank != self.protocol.rank]
         lost = [rank for rank in others if self._is_lost(store, rank, now, beats=rank in missing)]
-        if not lost and now < self.deadline:
+        is_mismatch = any(
+            record.round == self.mine.round and record.arrived and record.place != self.mine.place
+            for record in self._records.values()
+        )
+        if not lost and not is_mismatch and now < self.deadline:
             if now >= self.deadline - ASK_S and not self._asked:
                 self._ask(store, missing)
             return False
-        where = self._locate(store, {*missing, *lost})
+        where = {} if is_mismatch else self._locate(store, {*missing, *lost})
         lost = [rank for rank in others if rank in lost or (rank in where and where[rank].has_ended)]
         for rank, place in where.items():
             if place.stacks:
@@ -159,13 +214,12 @@ class Lookout:
         for rank in ranks:
             process = self._process(rank)
             if process is not None and not (process.is_here and process.has_ended):
-                self._asked[rank] = view(store).add(f"{process.key}/asked", 1)
+                self._asked[rank] = ask(view(store), process)
 
     def _locate(self, store: Store, ranks: Iterable[int]) -> dict[int, Place]:
         """Return where *ranks* are, by their own account or, failing that, by the system's."""
         if not self._asked:
             self._ask(store, ranks)
-        start = time.monotonic()
         places: dict[int, Place] = {}
         while True:
             for rank in self._asked.keys() - places.keys():
@@ -173,7 +227,7 @@ class Lookout:
                 number, fields = (0, {}) if answer == ABSENT else json.loads(answer)
                 if number >= self._asked[rank]:
                     places[rank] = Place.of(fields)
-            if len(places) == len(self._asked) or time.monotonic() > start + ANSWER_S:
+            if len(places) == len(self._asked) or time.monotonic() > self._asked_at + ANSWER_S:
                 break
             self._pause(PAUSE_S)
         self._asked.clear()

@@ -112,6 +112,11 @@ class Record:
     arrived: bool = True
     process: Process = NOBODY
 
+    @property
+    def place(self) -> tuple[str, int, str]:
+        """Where in the program the rank is; the same for all ranks, if nothing is amiss."""
+        return self.stage, self.sequence, self.scope
+
     def encode(self) -> str:
         outcome = None if self.outcome.ok else attrs.astuple(self.outcome)
         # By hand: attrs.asdict takes three times as long, and every exit waits for this.
@@ -226,7 +231,7 @@ def judge(
     """
     told = {rank: r for rank, r in sorted(records.items()) if r.round == mine.round}
     arrived = {rank: r for rank, r in told.items() if r.arrived}
-    mismatch = len({(r.stage, r.scope, r.sequence) for r in arrived.values()}) > 1
+    mismatch = len({r.place for r in arrived.values()}) > 1
     lists = {rank: r.cleanups for rank, r in arrived.items()}
     agreed = agree(lists.values())
     return Verdict(

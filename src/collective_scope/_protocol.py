@@ -2,40 +2,47 @@
 What the ranks of a group do to their store to agree on one verdict a round.
 
 Everything here blocks for as long as the store does, and runs on a `StoreThread`.
-The keys of round *t*, under a prefix
-that no other life of the group uses:
+The keys of round *t*, under a prefix that no other life of the group uses:
 
 ``rank/{r}``
-    The latest `Record` of rank *r*; written over, never removed.
+    The latest `Record` of rank *r*; written over, never removed. A rank that has
+    nothing to report writes it only when it has to wait for long.
 ``{t}/count/{head}``
-    How many ranks arrived at the place *head* stands for (stage, scope,
-    sequence), and in its upper bits how many of them failed, or have
-    collective cleanups left.
-``{t}/head``
-    The place of the first rank to arrive. A rank at another place finds out here.
+    The arbiter: how many ranks arrived at the place *head* stands for (stage,
+    scope, sequence), how many of them have been told the verdict, and in upper
+    bits what keeps the round from being ok: a rank failed, has collective
+    cleanups left, or ended its wait. If all ranks are counted before any of
+    this is, the round is ok, and that is final.
+``{t}/count/{head}/ok``
+    What a rank waits for that knows of nothing to report; who sees it leaves in
+    peace. If the round ends otherwise, it is set when all who wait for it have
+    been told so on another thread, to end the wait of theirs.
+``{t}/seen/{r}``
+    Set when rank *r* knows that the round is ok. The process that hosts the
+    store must not leave before its peers have their answers; so the rank that
+    lives there waits for these.
 ``{t}/news``
-    What waiting ranks wake for: ``ok`` (all arrived, nothing to report, and
-    that is final), ``failed`` (a rank failed; the verdict comes later), or
-    ``closed`` (the verdict is there). The first writer wins.
+    For ranks that wait for ``ok``: ``failed`` (a rank failed; the verdict comes
+    later), then ``closed`` (the verdict is there).
 ``{t}/verdict``
     The verdict, where there is something to report. The first writer wins.
-``{t}/seen``
-    How many ranks have seen the news, and in the upper bits how many have read
-    the verdict, and how many gave up before. `_SPOILED` is added before anything but ``ok`` becomes news, so
-    that on the healthy path one call both reads the verdict and confirms it.
-``{t}/empty``
-    Set when all have read. The rank whose process hosts the store waits for it.
+``{t}/read``, ``{t}/empty``
+    How many ranks have read that verdict; set when all have.
+``{t}/resigned``, ``{t}/gave_up``
+    Set by a rank that ends its wait before it says so in a verdict, and by one
+    that raised without a verdict, because the store was frozen.
 
-A healthy round costs a rank four calls: ``set``, ``add``, ``wait``, ``add``.
-The round's keys are removed after the last confirmation, when there is nothing
-else to do: by the rank that hosts the store (nobody else may still reach it),
-or, where no rank does, by the last one to confirm.
+The rank that arrives last knows from the count that all is well, so a healthy
+round costs a rank two calls: ``add``, and ``wait`` or ``set``. Its keys are
+removed by the rank that hosts the store; where no rank does, by the one that
+arrives last in the next round.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -45,18 +52,19 @@ import attrs
 from torch.distributed import PrefixStore, Store
 
 from ._outcome import NOWHERE, OK, Record, Verdict, judge
-from ._process import Place, me
+from ._process import NOBODY, Place, me
 from ._store_thread import ABSENT, Later, Tell, peek, set_first
 
 
-# Fields of the counters. 65 535 ranks fit.
+# Fields of the count, of 16 bits each: how many arrived, how many have been told the verdict,
+# 1 + the rank that hosts the store, and the rest. A rank adds at most five to that: 6 000 ranks fit.
 _FIELD = 0xFFFF
-_FAILED = 1 << 16
-_PENDING = 1 << 32
-_READ = 1 << 16
-_SPOILED = 1 << 32
-_GAVE_UP = 1 << 48
+_TOLD = 1 << 16
+_HOST = 1 << 32
+_SPOILED = 1 << 48
 
+RECORDS_S = 0.25
+"""How long the rank that decides waits for the records of those that have arrived a moment ago."""
 
 FOREVER = timedelta(days=1)
 """The bound of a wait is its caller's, who ends the round, and with it the wait."""
@@ -68,12 +76,30 @@ class Wait:
     What the thread that waits in the store shares with the one that waits for it.
 
     Attributes:
+        for_ok: Whether it waits for ``ok``, and has to be told if the round ends otherwise.
         read: The verdict and when it was read, on a rank that now waits for confirmations of its peers.
-        gave_up: Set when nobody waits for the thread any more: it must not confirm anything.
+        confirmed: The keys that are set when all have confirmed.
+        disturbed: Set when the wait for confirmations was ended by something else.
+        gave_up: Set when the rank has raised without a verdict, which is to be told as soon as that can be.
     """
 
+    for_ok: bool = False
     read: tuple[Verdict, float] | None = None
+    confirmed: list[str] = attrs.field(factory=list)
+    disturbed: bool = False
     gave_up: bool = False
+    _turn: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _asking: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+
+    def claim(self) -> bool:
+        """Become the one that acts on the end of the wait: the first of the two threads does."""
+        return self._turn.acquire(blocking=False)
+
+    def must_resign(self) -> bool:
+        """Whether the peers are to be told, by the thread that asks first, that the rank gave up."""
+        with self._asking:
+            gave_up, self.gave_up = self.gave_up, False
+        return gave_up
 
 
 @attrs.define(eq=False)
@@ -84,12 +110,18 @@ class Protocol:
     Args:
         rank: This rank, counted from 0 within the group.
         world_size: Number of ranks of the group.
-        server: The rank whose process hosts the store's server, if one of the group's does.
+        server:
+            The rank whose process hosts the store's server, if one of the group's
+            does. Only that rank knows for certain, until all have met.
     """
 
     rank: int
     world_size: int
     server: int | None
+    is_settled: bool = attrs.field(default=False, init=False)
+    """Whether *server* is certain."""
+    _stale: list[str] = attrs.field(factory=list, init=False)
+    """Keys of the last round that was ok, for the rank that arrives last in the next one to remove."""
     _seat: str = attrs.field(factory=lambda: uuid4().hex, init=False)
     _life: str = attrs.field(default="", init=False)
     _order: tuple[int, int] = attrs.field(default=(-1, 0), init=False)
@@ -121,80 +153,147 @@ class Protocol:
         """End this life of the group, which has been destroyed here, unless that has been done."""
         store.underlying_store.compare_set("life", self._life, str(int(self._life) + 1))  # type: ignore[attr-defined]
 
-    def attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later:
-        """Arrive, wait, read, confirm."""
-        t, head = mine.round, _head(mine)
-        self._arrive(mine, head, store, tell)
-        if wait.gave_up:
-            return self._give_up(mine, store)
-        seen = store.add(f"{t}/seen", 1)
-        spoiled = seen >= _SPOILED
-        news = peek(store, f"{t}/news") if spoiled else "ok"
-        if news == "ok":
-            verdict, readers = _all_ok(mine, self.world_size), seen & _FIELD
-        else:
-            verdict = self._read(mine, news, store, tell)
-            readers = store.add(f"{t}/seen", _READ) // _READ & _FIELD
-        if self.server is not None:
-            verdict = self._see_off(mine, verdict, readers, wait, store)
-        keys = self._garbage(verdict, readers, spoiled=spoiled)
-        if keys or verdict.names:  # at a mismatch, nobody else may know of this one
-            keys.append(f"count/{head}")
-        return Later(verdict, functools.partial(_remove, [f"{t}/{key}" for key in keys])) if keys else verdict
+    @property
+    def is_host(self) -> bool:
+        """Whether the store lives in this rank's process."""
+        return self.rank == self.server
 
-    def _arrive(self, mine: Record, head: str, store: Store, tell: Tell) -> None:
-        """Tell *mine*, be counted, and come back when there is news."""
-        t = mine.round
-        flags = _PENDING if mine.cleanups else 0
-        if mine.outcome.ok:
-            store.set(f"rank/{self.rank}", mine.encode())
-        else:
-            flags |= _FAILED
+    def attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later | None:
+        """Arrive, wait, read, confirm; return None if somebody else has claimed the wait."""
+        verdict = self._attend(mine, wait, store, tell)
+        return self.resign(mine, self.gave_up, store, tell, gave_up=True) if wait.must_resign() else verdict
+
+    @property
+    def gave_up(self) -> str:
+        """Why a round ends that this rank has not waited for to the end."""
+        return f"rank {self.rank} gave up, because the store did not answer in time"
+
+    def _attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later | None:
+        if not mine.outcome.ok:
             self.publish(mine, store, tell)
-        count = store.add(f"{t}/count/{head}", 1 + flags)
-        mismatch = count & _FIELD == 1 and set_first(store, f"{t}/head", head) != head
-        if count == self.world_size:
-            set_first(store, f"{t}/news", "ok")
-        elif mismatch or count & _FIELD == self.world_size:
-            self.close(mine, store)
-        else:
-            store.wait([f"{t}/news"], FOREVER)
-
-    def _see_off(self, mine: Record, verdict: Verdict, readers: int, wait: Wait, store: Store) -> Verdict:
-        """Let the process that hosts the store go, but not before its peers have read the verdict."""
-        expected = len(set(verdict.arrived) - set(verdict.lost))
-        if readers == expected:
-            store.set(f"{mine.round}/empty", "")
-        elif readers < expected and self.rank == self.server:
-            wait.read = (verdict, time.monotonic())
-            store.wait([f"{mine.round}/empty"], FOREVER)
-            if int(peek(store, f"{mine.round}/seen")) >= _GAVE_UP:
-                # The store had been frozen for so long that peers raised without a verdict.
-                return Verdict.decode(peek(store, f"{mine.round}/verdict"))
-        return verdict
-
-    def _give_up(self, mine: Record, store: Store) -> Verdict:
-        """Nobody waits for this verdict any more: this rank has raised, so no other may leave in peace."""
-        reason = f"rank {self.rank} gave up, because the store did not answer in time"
-        verdict = self.close(mine, store, reason=reason)
-        store.add(f"{mine.round}/seen", _GAVE_UP)
-        store.set(f"{mine.round}/empty", "")
-        return verdict
-
-    def _garbage(self, verdict: Verdict, readers: int, *, spoiled: bool) -> list[str]:
-        """Return the keys that this rank is to remove when it has read *verdict*."""
-        # Where a rank hosts the store, it is the last that may still reach it.
-        by_server = verdict.complete and self.server is not None
-        if not (self.rank == self.server if by_server else readers == self.world_size):
-            return []
-        return ["head", "news", "seen", *["verdict"] * spoiled, *["empty"] * (self.server is not None)]
-
-    def _read(self, mine: Record, news: str, store: Store, tell: Tell) -> Verdict:
-        """Return the verdict of a round in which there is more to say than ``ok``."""
-        if news == "failed":
-            tell("failed")
+        elif mine.cleanups:
+            store.set(f"rank/{self.rank}", mine.encode())
+        pending = _SPOILED if mine.cleanups else 0
+        count = store.add(_count_key(mine), 1 + pending + (1 + self.rank if self.is_host else 0) * _HOST)
+        is_last = count & _FIELD == self.world_size
+        if count < _SPOILED:
+            return self._attend_ok(mine, wait, store, count, is_last=is_last)
+        if not is_last:
             store.wait([f"{mine.round}/verdict"], FOREVER)
-        return Verdict.decode(peek(store, f"{mine.round}/verdict"))
+        elif not wait.gave_up:
+            self.close(mine, store)  # all are here, so nobody else may do so
+        return self.read(mine, wait, store, tell) if wait.claim() else None
+
+    def _attend_ok(
+        self, mine: Record, wait: Wait, store: Store, count: int, *, is_last: bool
+    ) -> Verdict | Later | None:
+        """Go on where nothing is known that keeps the round from being ok."""
+        t, count_key = mine.round, _count_key(mine)
+        ok_key = f"{count_key}/ok"
+        if is_last:
+            if not wait.claim():
+                return None
+            store.set(ok_key, "")
+        verdict = all_ok(mine, self.world_size)  # made here, where nobody waits for it
+        if self.is_host:
+            wait.confirmed = self._seen_by_peers(t)
+            wait.read = (verdict, time.monotonic()) if is_last else None
+        if self.is_host or not is_last:
+            wait.for_ok = not is_last
+            store.wait(wait.confirmed or [ok_key], FOREVER)
+        if not is_last and not wait.claim():
+            return None
+        if not self.is_settled:
+            self._settle(count if is_last else store.add(count_key, 0))
+        if wait.disturbed and peek(store, f"{t}/gave_up") != ABSENT:
+            # The store had been frozen for so long that peers raised without a verdict.
+            return Verdict.decode(peek(store, f"{t}/verdict"))
+        if self.is_host:
+            return _later(verdict, [count_key, ok_key, *wait.confirmed])
+        if self.server is not None:
+            store.set(f"{t}/seen/{self.rank}", "")
+            return verdict
+        stale, self._stale = self._stale, [count_key, ok_key]
+        return _later(verdict, stale if is_last else [])
+
+    def _settle(self, count: int) -> None:
+        """Learn for certain, from the count of a round at which all arrived, which rank hosts the store."""
+        host = count // _HOST & _FIELD
+        self.server, self.is_settled = host - 1 if host else None, True
+
+    def _seen_by_peers(self, t: int) -> list[str]:
+        return [f"{t}/seen/{rank}" for rank in range(self.world_size) if rank != self.rank]
+
+    def is_ok(self, mine: Record, store: Store) -> bool:
+        """Whether the round is known to be ok."""
+        # Not by peek(): on a TCPStore that wakes who waits for the key.
+        return store.check([f"{_count_key(mine)}/ok"])
+
+    def read(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later:  # noqa: ARG002  (a job's signature)
+        """Read and confirm the verdict of a round in which there is something to report."""
+        t, count_key = mine.round, _count_key(mine)
+        verdict = Verdict.decode(peek(store, f"{t}/verdict"))
+        keys, readers, expected = self._count_reader(mine, verdict, store)
+        if self.is_host and readers < expected:
+            wait.confirmed, wait.read = [f"{t}/empty"], (verdict, time.monotonic())
+            store.wait([f"{t}/empty"], FOREVER)
+        # Where a rank hosts the store, it is the last that may still reach it.
+        by_host = verdict.complete and self.server is not None
+        if self.is_host if by_host else readers == self.world_size:
+            keys += [count_key, f"{count_key}/ok", *self._stale]
+            keys += [f"{t}/{key}" for key in ("news", "verdict", "read", "empty", "resigned", "gave_up")]
+            self._stale = []
+        return _later(verdict, keys)
+
+    def _count_reader(self, mine: Record, verdict: Verdict, store: Store) -> tuple[list[str], int, int]:
+        """Confirm that this rank knows *verdict*; return keys to remove, how many have confirmed, and how many are to."""
+        t, count_key, keys = mine.round, _count_key(mine), []
+        count = store.add(count_key, _TOLD + _SPOILED)
+        if count & _FIELD == self.world_size:
+            self._settle(count)
+        dead = set(verdict.arrived) & set(verdict.lost)
+        if count // _TOLD & _FIELD == (count & _FIELD) - len(dead):
+            # Nobody who still waits for this key takes it for what it says.
+            store.set(f"{count_key}/ok", "")
+            keys = [f"{count_key}/ok", *[count_key] * bool(verdict.names)]
+        if self.is_host:
+            # The thread that waits for these is let go by its own rank: it alone waits for them.
+            for key in self._seen_by_peers(t):
+                store.set(key, "")
+                keys.append(key)
+        readers, expected = store.add(f"{t}/read", 1), len(set(verdict.arrived) - set(verdict.lost))
+        if self.server is not None and readers == expected:
+            store.set(f"{t}/empty", "")
+        return keys, readers, expected
+
+    def resign(
+        self,
+        mine: Record,
+        reason: str,
+        store: Store,
+        tell: Tell,  # noqa: ARG002  (a job's signature)
+        *,
+        counts: bool = True,
+        gave_up: bool = False,
+    ) -> Verdict | Later:
+        """
+        End the round for all, because this rank does not wait any more.
+
+        Args:
+            mine: What this rank tells.
+            reason: Why.
+            store: The store.
+            tell: Not used.
+            counts: Whether to confirm the verdict, because nobody else does on this rank.
+            gave_up: Whether this rank has raised already, so that no other may leave in peace.
+        """
+        store.set(f"{mine.round}/resigned", "")
+        verdict, keys = self.close(mine, store, reason=reason, gave_up=gave_up), []
+        if counts and verdict.complete:
+            store.set(f"{mine.round}/seen/{self.rank}", "")
+        elif counts:
+            keys = self._count_reader(mine, verdict, store)[0]
+        return _later(verdict, keys)
 
     def publish(self, mine: Record, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
         """Tell that this rank failed, and wake the waiting ones."""
@@ -202,7 +301,7 @@ class Protocol:
             self._order = (mine.sequence, store.add("failures", 1))
         outcome = attrs.evolve(mine.outcome, order=self._order[1])
         store.set(f"rank/{self.rank}", attrs.evolve(mine, outcome=outcome).encode())
-        store.add(f"{mine.round}/seen", _SPOILED)
+        store.add(_count_key(mine), _SPOILED)
         set_first(store, f"{mine.round}/news", "failed")
 
     def close(
@@ -214,17 +313,52 @@ class Protocol:
         reason: str = "",
         lost: tuple[int, ...] = (),
         where: Mapping[int, Place] = NOWHERE,
+        gave_up: bool = False,
     ) -> Verdict:
-        """Decide the verdict from what is known now, unless it has been decided; return what was."""
-        t = mine.round
-        records = self.records(store)
-        if reason or self.rank not in records or records[self.rank].round != t:
+        """
+        Decide the verdict from what is known now, unless it has been decided; return what was.
+
+        That all have arrived and are well is a decision too, which only *gave_up* overrules.
+        """
+        t, count_key = mine.round, _count_key(mine)
+        count = store.add(count_key, _SPOILED)
+        arrived = count & _FIELD
+        if arrived == self.world_size and count < 2 * _SPOILED and not gave_up:
+            store.set(f"{count_key}/ok", "")  # the rank that arrived last may not have come to it
+            return all_ok(mine, self.world_size)
+        records = self._records_of(mine, arrived, store)
+        if reason:
             records[self.rank] = mine
         verdict = judge(records, mine, self.world_size, timeout=waited, reason=reason, lost=lost, where=where)
-        store.add(f"{t}/seen", _SPOILED)
+        if verdict.ok and peek(store, f"{t}/resigned") != ABSENT:
+            # All have arrived, and one of them does not wait any more. That is for it to say.
+            store.wait([f"{t}/verdict"], FOREVER)
         decided = set_first(store, f"{t}/verdict", verdict.encode())
-        news = set_first(store, f"{t}/news", "closed")
-        return _all_ok(mine, self.world_size) if news == "ok" else Verdict.decode(decided)
+        if gave_up:
+            store.set(f"{t}/gave_up", "")
+        store.set(f"{t}/news", "closed")
+        return Verdict.decode(decided)
+
+    def _records_of(self, mine: Record, arrived: int, store: Store) -> dict[int, Record]:
+        """Return all records, those of the *arrived* ranks included, which may have nothing to report."""
+        limit = time.monotonic() + RECORDS_S
+        records: dict[int, Record] = {}
+        while True:
+            here = {rank for rank, r in records.items() if r.round == mine.round and r.arrived}
+            records |= self.records(store, set(range(self.world_size)) - here)
+            if self.rank not in records or records[self.rank].round != mine.round:
+                records[self.rank] = mine
+            here = {
+                rank for rank, r in records.items() if r.round == mine.round and r.arrived and r.place == mine.place
+            }
+            if arrived == self.world_size:
+                for rank in set(range(self.world_size)) - here:
+                    process = records[rank].process if rank in records else NOBODY
+                    records[rank] = attrs.evolve(mine, outcome=OK, cleanups=(), process=process)
+                return records
+            if len(here) >= arrived or time.monotonic() > limit:
+                return records
+            time.sleep(RECORDS_S / 20)
 
     def records(self, store: Store, ranks: Iterable[int] | None = None) -> dict[int, Record]:
         """Return the latest record of each rank, or of *ranks*, that has told anything."""
@@ -232,12 +366,12 @@ class Protocol:
         return {rank: Record.decode(text) for rank, text in texts.items() if text != ABSENT}
 
 
-def _head(record: Record) -> str:
-    place = f"{record.stage}\n{record.sequence}\n{record.scope}"
-    return hashlib.sha1(place.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()[:16]
+def _count_key(record: Record) -> str:
+    head = hashlib.sha1(repr(record.place).encode(), usedforsecurity=False).hexdigest()[:16]
+    return f"{record.round}/count/{head}"
 
 
-def _all_ok(mine: Record, world_size: int) -> Verdict:
+def all_ok(mine: Record, world_size: int) -> Verdict:
     return Verdict(
         scope=mine.scope,
         sequence=mine.sequence,
@@ -246,6 +380,10 @@ def _all_ok(mine: Record, world_size: int) -> Verdict:
         outcomes=dict.fromkeys(range(world_size), OK),
         arrived=range(world_size),
     )
+
+
+def _later(verdict: Verdict, keys: list[str]) -> Verdict | Later:
+    return Later(verdict, functools.partial(_remove, keys)) if keys else verdict
 
 
 def _remove(keys: list[str], store: Store, tell: Tell) -> None:  # noqa: ARG001  (a job's signature)

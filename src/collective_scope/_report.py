@@ -113,9 +113,10 @@ def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
     return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; {told}"
 
 
-def attached(exc: BaseException, phase: str) -> str:
+def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
     """Mention a later error on the one that is raised."""
-    return f"In addition, {phase}: {type_name(exc)}: {message_of(exc)}"
+    kind, message = type_name(exc), message_of(exc)
+    return f"In addition, {phase}: {f'{kind}: {message}' if in_full else one_line(kind, message)}"
 
 
 def skipped(cleanups: Iterable[object]) -> str:
@@ -128,12 +129,12 @@ def stopped_waiting(rank: int, exc: BaseException) -> str:
     return f"rank {rank} stopped waiting at the barrier: {one_line(type_name(exc), message_of(exc))}"
 
 
-def store_trouble(server: int | None, waited: float, error: Exception | None) -> str:
+def store_trouble(server: int | None, silence: float, error: Exception | None) -> str:
     """Say that the store cannot be reached, and which rank hosted it, if one did."""
     host = f"hosted by rank {server}" if server is not None else "hosted outside of the group"
     if error is None:
         return (
-            f"The group's store ({host}) has not answered for {waited:.1f} s: its process is stopped, or cut off.\n"
+            f"The group's store ({host}) has not answered for {silence:.1f} s: its process is stopped, slow, or cut off.\n"
             "  Nothing is known of the other ranks."
         )
     return f"The group's store ({host}) is gone: {one_line(type_name(error), message_of(error))}"

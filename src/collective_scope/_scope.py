@@ -94,7 +94,8 @@ def collective_scope(
 
         failure_timeout:
             Longest wait from the moment at which this rank knows that a rank
-            failed; itself included. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
+            failed, itself included; and at the entry of a scope, for ranks that
+            missed the barrier of the one before. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
 
         heartbeat_timeout:
             A rank on another machine counts as lost when nothing was heard of
@@ -582,12 +583,17 @@ class CollectiveScope:
 
     def _arrive(self, stage: str) -> Verdict:
         assert self._barrier is not None  # noqa: S101  (for the type checker)
-        marks = tuple((key, self._fingerprint(key, c)) for key, c in self._cleanups.collective().items())
-        self._mark.set(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
-        record = self._record(stage, () if stage == "entry" else marks)
+        is_entry = stage == "entry"
+        left = {} if is_entry else self._cleanups.collective()
+        marks = tuple((key, self._fingerprint(key, cleanup)) for key, cleanup in left.items())
+        self._mark.set(f"at the {'entry' if is_entry else 'barrier'} of")
+        # Who is stuck in an earlier scope must not cost each further one a whole timeout.
+        timeout = min(self._timeout, self._failure_timeout) if is_entry else self._timeout
+        if self._timer is not None:
+            timeout = min(timeout, max(0.0, self._timer.at - time.monotonic()))
         return self._barrier.arrive(
-            record,
-            timeout=min(self._timeout, max(0.0, self._timer.at - time.monotonic())) if self._timer else self._timeout,
+            self._record(stage, marks),
+            timeout=timeout,
             failure_timeout=self._failure_timeout,
             heartbeat_timeout=self._heartbeat_timeout,
         )
@@ -652,7 +658,9 @@ def _seconds(parameter: str, value: Seconds | None, default: float) -> float:
     given: object = value
     if value is None:
         source = f"COLLECTIVE_SCOPE_{parameter.upper()}"
-        given = os.environ.get(source, default)
+        given = os.environ.get(source)
+        if given is None:
+            return default
     try:
         seconds = given.total_seconds() if isinstance(given, timedelta) else float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -31,6 +31,9 @@ logger = logging.getLogger("collective_scope")
 Tell = Callable[[Any], None]
 Job = Callable[["Store", Tell], Any]
 """Given the thread's store and a way to tell the caller something before the job is done."""
+
+Item = tuple[Job, SimpleQueue[Any]] | Literal["finish", "stop"]
+"""What a thread gets: a job and where to reply; or to end, having done what was put off, or at once."""
 
 IDLE_S = 0.02
 """Without a job for this long, the thread turns to what was put off."""
@@ -69,20 +72,18 @@ class StoreThread:
 
     Args:
         connect: Called on the thread before its first job; returns the store it uses.
-        farewell: A job to run when nobody can ask the thread any more.
+
+    Attributes:
+        farewell: Jobs to run when nobody can ask the thread any more.
     """
 
-    def __init__(self, connect: Callable[[], Store], farewell: Job | None = None) -> None:
-        self._jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None] = SimpleQueue()
+    def __init__(self, connect: Callable[[], Store]) -> None:
+        self._jobs: SimpleQueue[Item] = SimpleQueue()
         jobs = self._jobs
-        start_thread("collective_scope-store", _serve, jobs, connect, stop=lambda: jobs.put(None))
+        start_thread("collective_scope-store", _serve, jobs, connect, stop=lambda: jobs.put("stop"))
         # The thread holds the queue, not this object, so it ends when nobody can ask it any more.
-        self._farewell = [] if farewell is None else [farewell]
-        weakref.finalize(self, _dismiss, self._jobs, self._farewell).atexit = False
-
-    def leave_behind(self) -> None:
-        """Say that the thread did not come back, and is not asked any more."""
-        self._farewell.clear()
+        self.farewell: list[Job] = []
+        weakref.finalize(self, _dismiss, self._jobs, self.farewell).atexit = False
 
     def submit(self, job: Job) -> SimpleQueue[Any]:
         """Start *job*; what it tells, and at last `Done` or `Failed`, appears in the returned queue."""
@@ -107,13 +108,13 @@ class StoreThread:
         return last.value
 
 
-def _dismiss(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], farewell: list[Job]) -> None:
+def _dismiss(jobs: SimpleQueue[Item], farewell: list[Job]) -> None:
     for job in farewell:
         jobs.put((job, SimpleQueue()))
-    jobs.put(None)
+    jobs.put("finish")
 
 
-def _serve(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], connect: Callable[[], Store]) -> None:
+def _serve(jobs: SimpleQueue[Item], connect: Callable[[], Store]) -> None:
     store: Store | None = None
     later: deque[Job] = deque()
     while True:
@@ -122,7 +123,9 @@ def _serve(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], connect: Call
         except Empty:
             _catch_up(later, store)
             continue
-        if item is None:
+        if item == "finish":
+            _catch_up(later, store)
+        if isinstance(item, str):
             return
         if len(later) > MOST_LATER:
             _catch_up(later, store)
@@ -134,10 +137,9 @@ def _serve(jobs: SimpleQueue[tuple[Job, SimpleQueue[Any]] | None], connect: Call
         except BaseException as error:
             replies.put(Failed(error))
         else:
+            replies.put(Done(value.value if isinstance(value, Later) else value))
             if isinstance(value, Later):
                 later.append(value.job)
-                value = value.value
-            replies.put(Done(value))
             del value
         # Until the next job comes, this frame must keep nothing of the last one alive.
         del item, job, replies
@@ -191,7 +193,12 @@ def set_first(store: Store, key: str, value: str) -> str:
 
 
 def peek(store: Store, key: str) -> str:
-    """Read *key* without waiting for it, in one call; `ABSENT` if it is not there."""
+    """
+    Read *key* without waiting for it, in one call; `ABSENT` if it is not there.
+
+    Not for keys that are waited for: a TCPStore wakes who waits for a key at
+    every ``compare_set`` of it, whether or not that writes it (torch 2.13).
+    """
     # A compare_set that cannot match returns the present value, or what was expected.
     return store.compare_set(key, ABSENT, ABSENT).decode()
 

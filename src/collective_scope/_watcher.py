@@ -11,7 +11,9 @@ Keys, under ``collective_scope/watch`` at the root of the store:
 ``{process}/beat``: a number that grows; ``{process}/asked``: how often peers
 have asked; ``{process}/answer``: the latest `Place` as JSON, with that number;
 ``server``, ``closing``: set by the process that hosts the store, when it comes
-and before it goes; ``started``, ``stopped``: how many watchers there are.
+and before it goes; ``news``: counted up when anybody is asked, or the store
+closes, so that an idle watcher reads this only; ``started``, ``stopped``: how
+many watchers there are.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("collective_scope")
 
-POLL_S = 0.2
+POLL_S = 0.25
 """How often a watcher looks whether it is asked."""
 
 BEAT_S = 1.0
@@ -165,7 +167,7 @@ def _watch(
 def _answer(store: Store, stop: threading.Event, server: list[Process], *, is_server: bool) -> None:
     closing = peek(store, "closing")
     store.add("started", 1)
-    key, asked, beats, next_beat = me().key, ABSENT, 0, 0.0
+    key, news, asked, beats, next_beat = me().key, "", ABSENT, 0, 0.0
     hurried = time.monotonic() + HURRY_S
     # Once the process that hosts the store has ended, a call would fail, and torch would print a page about it.
     while not (server and server[0].has_ended):
@@ -174,12 +176,15 @@ def _answer(store: Store, stop: threading.Event, server: list[Process], *, is_se
         if time.monotonic() >= next_beat:
             beats, next_beat = beats + 1, time.monotonic() + BEAT_S
             store.set(f"{key}/beat", str(beats))
-        now_asked = peek(store, f"{key}/asked")
+        if not server and (text := peek(store, "server")) != ABSENT:
+            server.append(Process(*json.loads(text)))
+        now_news = peek(store, "news")
+        if now_news == news:
+            continue
+        news, now_asked = now_news, peek(store, f"{key}/asked")
         if now_asked != asked:
             asked = now_asked
             store.set(f"{key}/answer", json.dumps([int(asked), attrs.asdict(here())]))
-        if not server and (text := peek(store, "server")) != ABSENT:
-            server.append(Process(*json.loads(text)))
         if peek(store, "closing") != closing:
             break
     if not (server and server[0].has_ended):
@@ -193,10 +198,18 @@ def _leave_store(store: Store, key: str, *, is_server: bool) -> None:
     if is_server:
         # The watchers of others stop before the store goes.
         store.set("closing", f"{key} {time.monotonic()}")
+        store.add("news", 1)
         deadline = time.monotonic() + CLOSING_S
         while stopped < store.add("started", 0) and time.monotonic() < deadline:
             time.sleep(POLL_S / 10)
             stopped = store.add("stopped", 0)
+
+
+def ask(store: Store, process: Process) -> int:
+    """Ask the watcher of *process* where that is, over a `view` of the store; return which answer to wait for."""
+    number = store.add(f"{process.key}/asked", 1)
+    store.add("news", 1)
+    return number
 
 
 def view(store: Store) -> Store:

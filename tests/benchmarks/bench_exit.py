@@ -4,13 +4,16 @@ What leaving a scope costs, as a ratio against what people do today.
 Measured interleaved in the same processes: an empty scope, a bare
 ``dist.barrier()``, and ``dist.barrier()`` plus ``all_gather_object`` of an
 outcome (the usual way to agree). Medians over batches, of the slowest rank.
+The store is hosted by rank 0, as after a plain ``init_process_group``, or by a
+process that is no rank, as under torchrun.
 
-Run: ``python -m tests.benchmarks.bench_exit [--ranks 2 4 8] [--batches 60]``
+Run: ``python -m tests.benchmarks.bench_exit [--ranks 2 4 8] [--batches 60] [--host rank0 launcher]``
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -41,9 +44,16 @@ CASES: dict[str, tuple[Callable[[], object], int]] = {
 }
 
 
-def measure(rank: int, world_size: int, port: int, batches: int) -> None:
+def measure(rank: int, world_size: int, host: str, port: int, batches: int) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
+    meeting = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = meeting
+    if host == "rank0":
+        if rank == 0:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            meeting.set("port", str(store.port))
+        else:
+            store = dist.TCPStore("127.0.0.1", int(meeting.get("port")), is_master=False)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world_size else "gloo"
     if "nccl" in backend:
         torch.cuda.set_device(rank)
@@ -67,7 +77,7 @@ def measure(rank: int, world_size: int, port: int, batches: int) -> None:
         scope = medians["empty scope"]
         row = " | ".join(f"{name} {value:8.0f} us" for name, value in medians.items())
         ratios = (scope / medians["dist.barrier"], scope / medians["barrier + all_gather_object"])
-        print(f"{world_size:2} ranks | {row} | scope / barrier {ratios[0]:.2f}"
+        print(f"{world_size:2} ranks, store in {host} | {row} | scope / barrier {ratios[0]:.2f}"
               f" | scope / (barrier + gather) {ratios[1]:.3f}", flush=True)  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
@@ -77,10 +87,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--host", nargs="+", choices=["rank0", "launcher"], default=["rank0", "launcher"])
     args = parser.parse_args()
-    for world_size in args.ranks:
-        server = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
-        mp.spawn(measure, (world_size, server.port, args.batches), nprocs=world_size)
+    for world_size, host in itertools.product(args.ranks, args.host):
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        mp.spawn(measure, (world_size, host, server.port, args.batches), nprocs=world_size)
     return 0
 
 

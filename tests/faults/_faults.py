@@ -7,17 +7,21 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers itself
 
-from collective_scope import _protocol, collective_scope
+from collective_scope import collective_scope
 from tests._rank import freeze, here, thaw
-from tests.faults._play import PEACE, Actor, Expect, Fault
+from tests.faults._play import PEACE, Actor, Expect, Fault, meet
+from tests.hosts import set_cable
 
 
 __all__ = ["FAULTS"]
@@ -174,11 +178,14 @@ def _kill_on_arrival(me: Actor) -> None:
     for rank in me.fault.survivors(me.world_size):
         here().wait_for(f"waits-{rank}")
 
-    def die(store: dist.Store, key: str, value: str) -> str:  # noqa: ARG001
+    add = dist.PrefixStore.add
+
+    def add_and_die(store: dist.PrefixStore, key: str, amount: int) -> int:
+        add(store, key, amount)
         _kill(me)
         raise AssertionError
 
-    _protocol.set_first = die  # type: ignore[attr-defined]  # what it uses, not what it offers
+    dist.PrefixStore.add = add_and_die  # type: ignore[method-assign]  # however it goes on from there
 
 
 def _kill_after_barrier(me: Actor) -> None:
@@ -195,6 +202,7 @@ def _stop_in_body(me: Actor) -> None:
 
 
 def _thaw_culprits(me: Actor) -> None:
+    me.wait_for_release()
     for rank in me.fault.culprits:
         thaw(me.pid(rank))
 
@@ -260,6 +268,15 @@ def _interrupt_while_waiting(me: Actor) -> None:
         me.wait_until_left(me.fault.culprits[0])
 
 
+def _interrupt_twice_while_waiting(me: Actor) -> None:
+    """Interrupt the body, and then the wait for a peer that does not come."""
+    if me.is_culprit:
+        me.once_waiting(lambda: _interrupt(me))
+        _begin_and_interrupt(me)
+    elif me.rank == 0:
+        me.wait_until_left(me.fault.culprits[0])
+
+
 # 10. The body is skipped
 
 
@@ -293,6 +310,14 @@ def _nest_differently(me: Actor) -> None:
         pass
 
 
+def _enter_on_another_group(me: Actor) -> None:
+    """Have odd ranks go through a scope of their own, while even ranks wait for all."""
+    odd = dist.new_group(list(range(1, me.world_size, 2)))
+    me.begin()
+    with collective_scope(odd if me.rank % 2 else None, name="part", timeout=me.fault.timeout):
+        pass
+
+
 # 12. The group goes
 
 
@@ -310,11 +335,66 @@ def _renew_group(me: Actor) -> None:
     dist.init_process_group("gloo", store=prefix, rank=me.rank, world_size=me.world_size)
 
 
+def _renew_group_on_same_keys(me: Actor) -> None:
+    dist.destroy_process_group()
+    # gloo would take the addresses of the group before for its own; "fake" has none.
+    dist.init_process_group(
+        "fake", store=meet(me.fault, me.rank, me.world_size), rank=me.rank, world_size=me.world_size
+    )
+
+
 # 13. The rank that hosts the store leaves at once
 
 
 def _nothing(me: Actor) -> None:
     me.begin()
+
+
+# 15. The cable between two hosts
+
+
+def _pull_cable_in_body(me: Actor) -> None:
+    """Pull it when everybody is in the body."""
+    here().announce(f"in-body-{me.rank}")
+    if me.rank == 0:
+        for rank in range(me.world_size):
+            here().wait_for(f"in-body-{rank}")
+        set_cable("down")
+        me.begin()
+    here().wait_for("fault-0")
+
+
+def _pull_cable_at_barrier(me: Actor) -> None:
+    """Pull it when the ranks of the other host have arrived, and those of this one have not."""
+    if me.is_culprit:
+        me.once_waiting(lambda: here().announce(f"waits-{me.rank}"))
+        return
+    if me.rank == 0:
+        for rank in me.fault.culprits:
+            here().wait_for(f"waits-{rank}")
+        set_cable("down")
+        me.begin()
+    here().wait_for("fault-0")
+
+
+def _put_cable_back(me: Actor) -> None:
+    me.wait_for_release()
+    if me.rank == 0:
+        for rank in me.fault.culprits:
+            here().wait_for(f"tried-{rank}")
+        set_cable("up")
+
+
+def _pull_and_put_back(me: Actor) -> None:
+    """Pull it while everybody is in the body, and put it back when all are waiting, or trying to."""
+    _pull_cable_in_body(me)
+    if me.rank == 0:
+        me.scope.cleanup(threading.Thread(target=_put_back_later, daemon=True).start)
+
+
+def _put_back_later() -> None:
+    time.sleep(1.0)  # The wait is the fault.
+    set_cable("up")
 
 
 _FAILED = 0.3
@@ -353,6 +433,32 @@ def _straggler(*says: str) -> dict[str, Any]:
         "next_culprit": _missing("rank 1 of", *says),
     }
 
+
+_SLOW: dict[str, Any] = {
+    "store": "slow",
+    "timeout": 4.0,
+    "failure_timeout": 3.0,
+    "next_timeout": 4.0,
+    "next_survivor": Expect(within=3.0),
+    "next_culprit": Expect(within=3.0),
+    "peace": Expect(within=3.0),
+    "extra_s": 10.0,
+    "world_sizes": (2,),
+}
+
+_CUT_S = 4.0
+
+_HOSTS: dict[str, Any] = {
+    "store": "hosts",
+    "timeout": _CUT_S,
+    "failure_timeout": 3.0,
+    "next_timeout": 4.0,
+    "after_timeout": 40.0,
+    "heartbeat_timeout": 2.5,
+    "extra_s": 40.0,
+    "world_sizes": (4,),
+    "compare": False,
+}
 
 _MISPLACED = Expect("ScopeMismatchError", says=("All ranks of a group must go through the same scopes",), within=0.3)
 
@@ -485,7 +591,8 @@ FAULTS = (
     Fault(
         "SIGKILL on arrival",
         _kill_on_arrival,
-        **_gone("killed by SIGKILL"),
+        # It has arrived and it has gone: either is true, if all say the same.
+        **{**_gone("killed by SIGKILL"), "survivor": attrs.evolve(_lost("rank 1 of"), or_peace=True)},
         exits={1: -signal.SIGKILL},
         compare=False,
     ),
@@ -622,6 +729,12 @@ FAULTS = (
         culprit=Expect("KeyboardInterrupt"),
     ),
     Fault(
+        "SIGINT twice, in the body and while it waits",
+        _interrupt_twice_while_waiting,
+        _failed((1,), "KeyboardInterrupt"),
+        culprit=Expect("KeyboardInterrupt"),
+    ),
+    Fault(
         "pytest.skip on one rank",
         _skip,
         _failed((1,), "Skipped: not on this rank"),
@@ -663,6 +776,32 @@ FAULTS = (
         world_sizes=(2,),
         compare=False,
     ),
+    Fault(
+        "scopes over different groups",
+        _enter_on_another_group,
+        _MISPLACED,
+        culprits=(1, 3),
+        culprit=_MISPLACED,
+        next_survivor=_lost("ranks 1 and 3 of 4 lost", ranks=(1, 3)),
+        next_culprit=_MISPLACED,
+        after=False,
+        world_sizes=(4,),
+        compare=False,
+    ),
+    Fault(
+        "a rank believes in one rank more",
+        _nothing,
+        _missing("rank 1 of 2 missing"),
+        culprit=_missing("ranks 0 and 2 of 3 missing", ranks=(0, 2)),
+        next_survivor=_missing("rank 1 of 2 missing", within=2.0),
+        next_culprit=_missing("ranks 0 and 2 of 3 missing", ranks=(0, 2), within=2.0),
+        after=False,
+        alike=False,
+        claims={1: 3},
+        first=True,
+        world_sizes=(2,),
+        compare=False,
+    ),
     Fault("group destroyed in the body", _destroy_group, PEACE, culprits=(), compare=False),
     Fault("group made anew in the body", _renew_group, PEACE, culprits=(), compare=False),
     Fault(
@@ -676,5 +815,156 @@ FAULTS = (
         after=False,
         alike=False,
         compare=False,
+    ),
+    # 14. The store is slow: each call takes 0.2 s, and a round takes four.
+    Fault("healthy, over a slow store", _nothing, Expect(within=3.0), culprits=(), **_SLOW),
+    Fault(
+        "body raises on one rank, over a slow store",
+        _raise_in_body,
+        _failed((1,), "KeyError: 'rank 1 gives up'", "in _raise_in_body", within=4.0),
+        culprit=Expect("KeyError", within=4.0),
+        **_SLOW,
+    ),
+    Fault(
+        "sleeps in the body, over a slow store",
+        _sleep_in_body,
+        survivor=_missing("rank 1 of", within=5.0),
+        culprit=_missing("rank 1 of", within=20.0),
+        **{
+            **_SLOW,
+            "next_survivor": _missing("rank 1 of", within=5.0),
+            "next_culprit": _missing("rank 1 of", within=20.0),
+        },
+    ),
+    # The store is torchrun's, and so are the processes that these fork.
+    Fault(
+        "body raises on one rank, under torchrun",
+        _raise_in_body,
+        _failed((1,), "KeyError: 'rank 1 gives up'", "in _raise_in_body"),
+        culprit=Expect("KeyError"),
+        store="torchrun",
+    ),
+    Fault(
+        "sleeps in the body, under torchrun",
+        _sleep_in_body,
+        **_straggler("in the body of scope 'fault'", "in _sleep_forever"),
+        store="torchrun",
+        world_sizes=(2,),
+    ),
+    Fault(
+        "SIGKILL of rank 0 in the body, under torchrun",
+        _kill_in_body,
+        **{
+            **_gone("killed by SIGKILL"),
+            "survivor": _lost("rank 0 of", "killed by SIGKILL", ranks=(0,)),
+            "next_survivor": _lost("rank 0 of", ranks=(0,)),
+        },
+        culprits=(0,),
+        exits={0: -signal.SIGKILL},
+        store="torchrun",
+    ),
+    Fault(
+        "SIGINT to one rank while it waits, under torchrun",
+        _interrupt_while_waiting,
+        _failed((1,), "KeyboardInterrupt", "rank 1 stopped waiting at the barrier"),
+        culprit=Expect("KeyboardInterrupt"),
+        store="torchrun",
+        world_sizes=(2,),
+    ),
+    Fault(
+        "one scope more on one rank, under torchrun",
+        _enter_one_more,
+        _MISPLACED,
+        culprit=_MISPLACED,
+        next_survivor=_MISPLACED,
+        next_culprit=None,
+        after=False,
+        store="torchrun",
+        world_sizes=(2,),
+        compare=False,
+    ),
+    Fault(
+        "group made anew in the body, under torchrun",
+        _renew_group,
+        PEACE,
+        culprits=(),
+        store="torchrun",
+        compare=False,
+    ),
+    Fault(
+        "group made anew on the same keys, under torchrun",
+        _renew_group_on_same_keys,
+        PEACE,
+        culprits=(),
+        store="torchrun",
+        compare=False,
+    ),
+    # 15. and 16. Two hosts: ranks 0 and 1 on the one with the store, 2 and 3 on one whose clocks are ahead.
+    Fault(
+        "healthy, on two hosts",
+        _nothing,
+        PEACE,
+        culprits=(),
+        **_HOSTS,
+    ),
+    Fault(
+        "body raises on one rank, on two hosts",
+        _raise_in_body,
+        _failed((2,), "RuntimeError: rank 2 gives up", "in _raise_in_body"),
+        culprits=(2,),
+        culprit=Expect("RuntimeError"),
+        **_HOSTS,
+    ),
+    Fault(
+        "sleeps in the body, on two hosts",
+        _sleep_in_body,
+        survivor=_missing(
+            "rank 2 of", "in the body of scope 'fault' for 4", "in _sleep_forever", ranks=(2,), within=_CUT_S + 1
+        ),
+        culprits=(2,),
+        culprit=_missing("rank 2 of", ranks=(2,), within=20.0),
+        next_survivor=_missing("rank 2 of", "in _sleep_forever", ranks=(2,), within=5.0),
+        next_culprit=_missing("rank 2 of", ranks=(2,)),
+        **_HOSTS,
+    ),
+    Fault(
+        "SIGKILL of all ranks of the other host",
+        _kill_in_body,
+        _lost("ranks 2 and 3 of", "no answer", "the machine cannot be reached", ranks=(2, 3), within=3.5),
+        culprits=(2, 3),
+        next_survivor=_lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        next_culprit=None,
+        after=False,
+        exits={2: -signal.SIGKILL, 3: -signal.SIGKILL},
+        **_HOSTS,
+    ),
+    Fault(
+        "cable pulled in the body, put back after the deadline",
+        _pull_cable_in_body,
+        _lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        culprits=(2, 3),
+        culprit=_missing("has not answered for", ranks=None, within=_CUT_S + 1),
+        next_survivor=_lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        next_culprit=_missing("has not answered for", ranks=None, within=5.0),
+        release=_put_cable_back,
+        **_HOSTS,
+    ),
+    Fault(
+        "cable pulled at the barrier, put back after the deadline",
+        _pull_cable_at_barrier,
+        PEACE,
+        culprits=(2, 3),
+        culprit=_missing("has not answered for", ranks=None, within=_CUT_S + 1),
+        next_survivor=_lost("ranks 2 and 3 of", ranks=(2, 3), within=3.5),
+        next_culprit=_missing("has not answered for", ranks=None, within=5.0),
+        release=_put_cable_back,
+        **_HOSTS,
+    ),
+    Fault(
+        "cable pulled in the body, put back before the deadline",
+        _pull_and_put_back,
+        Expect(within=3.0),
+        culprits=(),
+        **_HOSTS,
     ),
 )

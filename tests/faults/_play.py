@@ -11,6 +11,7 @@ the same group, and, where everybody lives on, one after all have come back.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -23,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -34,12 +36,18 @@ from collective_scope import Verdict, collective_scope
 from tests._rank import LOOPBACK, here
 
 
-__all__ = ["Actor", "Ending", "Expect", "Fault", "Mechanism", "Part", "Performance", "perform"]
+__all__ = ["Actor", "Ending", "Expect", "Fault", "Mechanism", "Part", "Performance", "meet", "perform"]
 
 Mechanism = Literal["scope", "barrier", "monitored_barrier"]
 
 GRACE_S = 2.0
 """How long after the last deadline of its scopes a process may live."""
+
+SLOW_S = 0.2
+"""How long a reply of a slow store is under way."""
+
+# Seconds by which the monotonic clock of this host is ahead, if it is one of `tests.hosts`.
+_AHEAD_S = float(os.environ.get("TESTS_MONOTONIC_OFFSET_S", "0"))
 
 _POLL_S = 0.002
 _STACKS_S = 0.5
@@ -59,12 +67,15 @@ class Expect:
         says: What its text contains.
 
         within: Seconds from the fault, or from the rank's arrival if that is later.
+
+        or_peace: Whether it may be left in peace instead, if all that are alike are.
     """
 
     error: str = ""
     ranks: tuple[int, ...] | None = None
     says: tuple[str, ...] = ()
     within: float = 1.0
+    or_peace: bool = False
 
 
 PEACE = Expect()
@@ -94,13 +105,20 @@ class Fault:
 
         after: Whether everybody comes back for a third scope, which then works.
 
+        peace: What it is to be left in peace; where everything takes long, that takes longer.
+
         alike: Whether all survivors get the same verdict, which takes a store.
 
         exits: Exit codes, other than 0, or minus the signal.
 
         world_sizes: Sizes to do it with.
 
-        store: What the ranks meet at: rank 0, a process of its own, or a file.
+        store: What the ranks meet at: rank 0, a process of its own, the same with replies
+            that take `SLOW_S`, a file, the agent of a torchrun that plays it, or that of
+            one on the first of two hosts with as many ranks.
+
+        claims: How many ranks there are, by those that are wrong about it. The group then
+            has no communicator, which would not start.
 
         thaw_s: Seconds from the fault to the moment at which a stopped process goes on.
 
@@ -111,6 +129,10 @@ class Fault:
         failure_timeout: Likewise.
 
         next_timeout: Of the next scope.
+
+        after_timeout: Of the one after that.
+
+        heartbeat_timeout: Of the first two, in seconds; then, hosts that were cut off get their time.
 
         group_timeout: Of the group's collectives, in seconds; ``None`` is torch's.
 
@@ -131,16 +153,20 @@ class Fault:
     next_survivor: Expect | None = PEACE
     next_culprit: Expect | None = PEACE
     release: Callable[[Actor], object] | None = None
+    peace: Expect = PEACE
     alike: bool = True
     exits: Mapping[int, int] = attrs.field(factory=dict)
     after: bool = True
     world_sizes: tuple[int, ...] = (2, 4)
-    store: Literal["rank0", "process", "file"] = "rank0"
+    store: Literal["rank0", "process", "slow", "file", "torchrun", "hosts"] = "rank0"
+    claims: Mapping[int, int] = attrs.field(factory=dict)
     thaw_s: float | None = None
     frozen: int | Literal["store"] = 1
     timeout: float = 2.0
     failure_timeout: float = 1.5
     next_timeout: float = 1.0
+    after_timeout: float = 10.0
+    heartbeat_timeout: float = 30.0
     group_timeout: float | None = None
     extra_s: float = 0.0
     reaped: Literal["late", "at once"] = "late"
@@ -159,13 +185,13 @@ class Fault:
     def expected(self, rank: int, number: int) -> Expect | None:
         """Return what *rank* is to see in the scope *number*, counted from 0; ``None`` if it is not there."""
         if rank not in self.culprits:
-            return (self.survivor, self.next_survivor, PEACE)[number]
+            return (self.survivor, self.next_survivor, self.peace)[number]
         if self.culprit is None:
             return None
         first = self.culprit
         if isinstance(first, tuple):
             first = first[self.culprits.index(rank)]
-        return (first, self.next_culprit, PEACE)[number]
+        return (first, self.next_culprit, self.peace)[number]
 
 
 @attrs.frozen
@@ -249,6 +275,7 @@ class Actor:
     world_size: int
     mechanism: Mechanism
     scope: Any = None
+    endings: list[Ending] = attrs.field(factory=list)
     cleanups: list[list[int]] = attrs.field(factory=list)
     arrived: float = 0.0
 
@@ -261,7 +288,7 @@ class Actor:
 
     def begin(self) -> None:
         """Note that the fault happens now."""
-        _write(f"fault-{self.rank}", repr(time.monotonic()))
+        _write(f"fault-{self.rank}", repr(_now()))
 
     def wait_for_peers(self) -> None:
         """Return when all survivors are on their way into the barrier."""
@@ -322,42 +349,51 @@ class Actor:
 
     # What happens around them.
 
-    def play(self) -> Part:
+    def play(self) -> None:
         """Go through the scopes."""
         if self.mechanism == "scope" and not self.fault.first:
             with collective_scope(name="before", timeout=_FIRST_S):
                 pass
-        endings = [self._go_through("fault", self.fault.timeout, lambda: self.fault.act(self))]
+        self._go_through("fault", self.fault.timeout, lambda: self.fault.act(self))
         if self.mechanism == "scope" and self.fault.expected(self.rank, 1) is not None:
             expect = self.fault.expected(self.rank, 1)
-            if expect is not None and expect.error == "PeerLostError":
+            if expect is not None and expect.error == "PeerLostError" and not self.fault.after:
                 for rank in self.fault.culprits:
                     here().wait_for(f"dead-{rank}")
-            body = self._use_group if expect == PEACE else _nothing
-            endings.append(self._go_through("next", self.fault.next_timeout, body))
+            body = self._use_group if expect is not None and not expect.error else _nothing
+            self._go_through("next", self.fault.next_timeout, body)
             here().announce(f"tried-{self.rank}")
             if not self.is_culprit and self.fault.release is not None:
                 self.fault.release(self)
             if self.fault.after:
                 self.wait_for_release()
-                endings.append(self._go_through("after", 10.0, self._use_group))
+                self._go_through("after", self.fault.after_timeout, self._use_group)
+        elif self.mechanism != "scope":
+            self._release_after_plain_barrier()
         here().announce(f"through-{self.rank}")
         if not self.is_culprit or self.fault.after:
             # One of these may host the store.
             for rank in self.fault.survivors(self.world_size):
                 here().wait_for(f"through-{rank}")
-        return Part(tuple(endings), tuple(map(tuple, self.cleanups)))
+
+    def _release_after_plain_barrier(self) -> None:
+        here().announce(f"tried-{self.rank}")
+        if not self.is_culprit and self.fault.release is not None:
+            # A bare barrier that timed out has closed the group's connections.
+            with contextlib.suppress(RuntimeError):
+                self.fault.release(self)
 
     def _use_group(self) -> None:
-        if dist.is_initialized() and self.fault.group_timeout is None:
+        if dist.is_initialized() and dist.get_backend() == "gloo" and self.fault.group_timeout is None:
             total = torch.ones(1)
             dist.all_reduce(total)
             assert self.world_size == int(total)
 
-    def _go_through(self, name: str, timeout: float, body: Callable[[], object]) -> Ending:
+    def _go_through(self, name: str, timeout: float, body: Callable[[], object]) -> None:
+        """Go through a scope, and leave word of how it ended."""
         error: BaseException | None = None
         entered = False
-        began = self.arrived = time.monotonic()
+        began = self.arrived = _now()
         number = len(self.cleanups)
         self.cleanups.append([])
         scope = self._new_scope(name, timeout)
@@ -370,10 +406,10 @@ class Actor:
                 body()
         except BaseException as raised:  # noqa: BLE001 - all of it is the outcome
             error = raised
-        ended = time.monotonic()
+        ended = _now()
         here().announce(f"left-{name}-{self.rank}")
         verdict = getattr(error, "verdict", None) or getattr(scope, "verdict", None)
-        return Ending(
+        ending = Ending(
             error=type(error).__qualname__ if error is not None else "",
             text="\n".join([str(error), *getattr(error, "__notes__", ())]) if error is not None else "",
             traceback="".join(traceback.format_exception(error)) if error is not None else "",
@@ -383,15 +419,26 @@ class Actor:
             ended=ended,
             entered=entered,
         )
+        self.endings.append(ending)
+        # Now: it may not live to tell later.
+        _write(f"part-{self.rank}", pickle.dumps(Part(tuple(self.endings), tuple(map(tuple, self.cleanups)))))
 
     def _arrive(self) -> None:
-        self.arrived = time.monotonic()
+        self.arrived = _now()
         here().announce(f"arriving-{self.rank}")
 
     def _new_scope(self, name: str, timeout: float) -> Any:
         if self.mechanism == "scope":
-            return collective_scope(name=name, timeout=timeout, failure_timeout=self.fault.failure_timeout)
-        return _plain_scope(dist.barrier if self.mechanism == "barrier" else dist.monitored_barrier)
+            return collective_scope(
+                name=name,
+                timeout=timeout,
+                # In the last one, whoever was cut off has time to come back.
+                failure_timeout=timeout if name == "after" else self.fault.failure_timeout,
+                heartbeat_timeout=None if name == "after" else self.fault.heartbeat_timeout,
+            )
+        barrier = dist.barrier if self.mechanism == "barrier" else dist.monitored_barrier
+        # Without it, the latter would wait for half an hour, whatever the group's own limit is.
+        return _plain_scope(partial(barrier, timeout=timedelta(seconds=timeout)))
 
 
 class _PlainScope:
@@ -422,6 +469,11 @@ def _nothing() -> None:
     pass
 
 
+def _now() -> float:
+    """Return the seconds of a clock that all processes share."""
+    return time.monotonic() - _AHEAD_S
+
+
 # The processes
 
 
@@ -429,8 +481,9 @@ def perform(rank: int, _: int, fault: Fault, world_size: int, mechanism: Mechani
     """Fork a child that plays *rank*'s part, and see how it ends. The pool may have more ranks than needed."""
     if rank >= world_size:
         return None
-    servers = [_fork(_serve)] if rank == 0 and fault.store == "process" else []
-    if servers:
+    servers: list[int] = []
+    if rank == 0 and fault.store in ("process", "slow"):
+        servers = [_fork(_serve, fault), *([_fork(_delay)] if fault.store == "slow" else [])]
         _write("pid-store", str(servers[0]))
     child = _fork(_play, fault, rank, world_size, mechanism)
     _write(f"pid-{rank}", str(child))
@@ -441,8 +494,9 @@ def perform(rank: int, _: int, fault: Fault, world_size: int, mechanism: Mechani
             # Peers may still need it.
             for other in range(world_size):
                 here().wait_for(f"ended-{other}")
-            os.kill(servers[0], signal.SIGKILL)
-            os.waitpid(servers[0], 0)
+            for server in servers:
+                os.kill(server, signal.SIGKILL)
+                os.waitpid(server, 0)
 
 
 def _fork(fn: Callable[..., NoReturn], *args: Any) -> int:
@@ -509,14 +563,13 @@ def _has_ended(pidfd: int) -> bool:
 
 def _play(fault: Fault, rank: int, world_size: int, mechanism: Mechanism) -> NoReturn:
     options: dict[str, Any] = {}
-    timeout = fault.group_timeout if mechanism == "scope" else fault.timeout
-    if timeout is not None:
-        options["timeout"] = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", store=_meet(fault, rank, world_size), rank=rank, world_size=world_size, **options)
+    if fault.group_timeout is not None:
+        options["timeout"] = timedelta(seconds=fault.group_timeout)
+    backend, claimed = ("fake", fault.claims.get(rank, world_size)) if fault.claims else ("gloo", world_size)
+    dist.init_process_group(backend, store=meet(fault, rank, world_size), rank=rank, world_size=claimed, **options)
     _write(f"ready-{rank}", "")
     actor = Actor(fault, rank, world_size, mechanism)
-    part = actor.play()
-    _write(f"part-{rank}", pickle.dumps(part))
+    actor.play()
     if mechanism != "scope":
         os._exit(0)
     code = max(fault.exits.get(rank, 0), 0)
@@ -529,25 +582,55 @@ def _play(fault: Fault, rank: int, world_size: int, mechanism: Mechanism) -> NoR
     raise AssertionError
 
 
-def _meet(fault: Fault, rank: int, world_size: int) -> dist.Store:
+def meet(fault: Fault, rank: int, world_size: int) -> dist.Store:
+    """Return a client of the store at which the ranks of *fault* meet; it can be called again."""
     if fault.store == "file":
         return dist.FileStore(str(here().directory / "filestore"), world_size)
+    if fault.store in ("torchrun", "hosts"):
+        # One agent, one store, many faults.
+        store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=_FIRST_S))))
+        return dist.PrefixStore(here().directory.name, store)
     if fault.store == "rank0" and rank == 0:
-        return _host()
+        return _host("port")
     here().wait_for("port")
     return dist.TCPStore(LOOPBACK, int(_read("port")), wait_for_workers=False)
 
 
-def _host() -> dist.TCPStore:
+def _host(name: str) -> dist.TCPStore:
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    _write("port", str(store.port))
+    _write(name, str(store.port))
     return store
 
 
-def _serve() -> NoReturn:
-    store = _host()
+def _serve(fault: Fault) -> NoReturn:
+    store = _host("port" if fault.store == "process" else "port-behind")
     signal.pause()
     raise AssertionError(store)
+
+
+def _delay() -> NoReturn:
+    """Pass on at once what clients send to the store, and late what it replies."""
+    here().wait_for("port-behind")
+    asyncio.run(_pass_on(int(_read("port-behind"))))
+    raise AssertionError
+
+
+async def _pass_on(port: int) -> None:
+    async def serve(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        store, to_store = await asyncio.open_connection(LOOPBACK, port)
+        await asyncio.gather(_pipe(client, to_store, 0.0), _pipe(store, to_client, SLOW_S))
+
+    server = await asyncio.start_server(serve, LOOPBACK, 0)
+    _write("port", str(server.sockets[0].getsockname()[1]))
+    await server.serve_forever()
+
+
+async def _pipe(source: asyncio.StreamReader, sink: asyncio.StreamWriter, delay_s: float) -> None:
+    """Copy; each piece arrives *delay_s* after it came, the next one does not wait for that."""
+    loop = asyncio.get_running_loop()
+    while piece := await source.read(1 << 16):
+        loop.call_later(delay_s, sink.write, piece)
+    loop.call_later(delay_s, sink.close)
 
 
 # Notes that processes leave each other. Whole, or not there.
