@@ -206,27 +206,36 @@ def test_group_asked_for_again_has_the_same_barrier(world: dist.ProcessGroup) ->
     ("variable", "ranks", "server"),
     [
         pytest.param(None, [0, 1], 0, id="global-rank-0"),
-        pytest.param(None, [2, 0], 1, id="global-rank-0-is-rank-1-here"),
+        pytest.param(None, [2, 0], None, id="global-rank-0-is-this-one-and-it-does-not"),
+        pytest.param(None, [2, 1, 0], 2, id="global-rank-0-is-rank-2-here"),
         pytest.param(None, [1, 2], None, id="global-rank-0-is-not-here"),
         pytest.param("False", [0, 1], 0, id="launched-without-agent-store"),
         pytest.param("True", [0, 1], None, id="agent"),
     ],
 )
-def test_group_host_of_a_tcp_store_is_global_rank_0_or_the_agent(
+def test_group_host_of_a_tcp_store_elsewhere_is_taken_for_global_rank_0_or_the_agent(
     monkeypatch: pytest.MonkeyPatch, variable: str | None, ranks: list[int], server: int | None
 ) -> None:
-    """The rank that hosts the store is known by its place in the group."""
+    """Until all have met, the rank that hosts the store is guessed from its place in the group."""
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     if variable is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", variable)
+    monkeypatch.setattr(_groups, "listens_on", lambda _: False)
     store = dist.PrefixStore("a", dist.PrefixStore("b", dist.TCPStore("127.0.0.1", 0, 1, is_master=True)))
 
-    assert server == _groups._server(store, ranks)  # noqa: SLF001
+    assert server == _groups._server(store, ranks, 1)  # noqa: SLF001
+
+
+def test_group_host_of_a_tcp_store_knows_that_it_is() -> None:
+    """The rank in whose process the store lives needs no guess, whichever it is."""
+    store = dist.PrefixStore("a", dist.TCPStore("127.0.0.1", 0, 1, is_master=True))
+
+    assert 1 == _groups._server(store, [0, 1], 1)  # noqa: SLF001
 
 
 def test_group_store_that_no_rank_serves_has_no_host(store: dist.Store) -> None:
     """Where nobody serves the store, nobody needs to stay."""
-    assert None is _groups._server(dist.PrefixStore("a", store), [0, 1])  # noqa: SLF001
+    assert None is _groups._server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001
 
 
 # The accelerator
