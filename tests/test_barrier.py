@@ -492,6 +492,41 @@ def test_barrier_store_that_is_gone_tells_who_hosted_it(
     assert "Connection reset by peer" in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("guesses", "host"),
+    [
+        pytest.param([None, 1, 0], 1, id="rank-1-and-not-rank-0"),
+        pytest.param([None, 0, 0], None, id="no-rank"),
+    ],
+)
+def test_barrier_store_that_is_gone_after_a_round_tells_who_really_hosted_it(
+    guesses: list[int | None], host: int | None
+) -> None:
+    """Only the rank that hosts the store knows so at first; once all have met, every rank does."""
+    gone = threading.Event()
+
+    def hook(*_: str) -> None:
+        if gone.is_set():
+            msg = "Connection reset by peer"
+            raise dist.DistNetworkError(msg)
+
+    def run(rank: int, store: dist.HashStore, sequencer: Sequencer) -> tuple[Verdict, Verdict]:
+        barrier = barrier_of(HookedStore(store, hook), rank, 3, server=guesses[rank])
+        first = _arrive(barrier)
+        sequencer.announce(f"{rank} has met")
+        for peer in range(3):
+            sequencer.wait_for(f"{peer} has met")
+        gone.set()
+        return first, _arrive(barrier, 1)
+
+    results = values(run_threads(3, run))
+
+    assert [True] * 3 == [first.ok for first, _ in results]
+    assert [() if host in (None, rank) else (host,) for rank in range(3)] == [later.lost for _, later in results]
+    where = f"hosted by rank {host}" if host is not None else "hosted outside of the group"
+    assert all(where in later.reason for _, later in results)
+
+
 def test_barrier_store_that_fails_only_at_the_decision_is_gone() -> None:
     """A store that breaks off when the timeout has run out is told as gone, not as frozen."""
 
