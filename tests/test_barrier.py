@@ -661,7 +661,124 @@ def test_barrier_store_that_ends_while_its_host_waits_for_readers_does_no_harm()
     assert [True, True] == [verdict.ok for verdict in values(run_threads(2, run))]
 
 
+def test_barrier_host_of_the_store_raises_with_the_peer_that_gave_up_on_it(
+    monkeypatch: pytest.MonkeyPatch, thawed: threading.Event
+) -> None:
+    """A rank that raised because the store was frozen counts as arrived, but nobody leaves in peace without it."""
+    monkeypatch.setattr(_barrier, "GRACE_S", 0.1)
+    store = dist.HashStore()
+
+    def peer(method: str, key: str) -> None:
+        if (method, key) == ("set", "rank/1"):  # what the lookout begins with
+            thawed.wait(PATIENCE_S)
+
+    def run(rank: int, _: dist.HashStore, sequencer: Sequencer) -> Verdict:
+        barrier = barrier_of(HookedStore(store, peer) if rank == 1 else store, rank, 2, server=0)
+        if rank == 1:
+            verdict = _arrive(barrier, timeout=0.2)
+            sequencer.announce("rank 1 gave up")
+            return verdict
+        sequencer.wait_for("rank 1 gave up")
+        return _arrive(barrier)
+
+    host, gave_up = values(run_threads(2, run))
+
+    assert "has not answered for" in gave_up.reason
+    assert "rank 1 gave up, because the store did not answer in time" == host.reason
+    assert not host.complete
+
+
+def test_barrier_verdict_of_the_deadline_stands_if_the_thread_in_the_store_does_not_come_back(
+    monkeypatch: pytest.MonkeyPatch, thawed: threading.Event
+) -> None:
+    """What the lookout decided is what counts, whatever became of the other connection to the store."""
+    monkeypatch.setattr(_barrier, "GRACE_S", 0.2)
+
+    def hook(method: str, _: str) -> None:
+        if method == "wait":
+            thawed.wait(PATIENCE_S)
+
+    verdict = _arrive(barrier_of(HookedStore(dist.HashStore(), hook), 0, 2), outcome=_FAILED, timeout=0.3)
+
+    assert ((1,), [0]) == (verdict.missing, list(verdict.failures))
+
+
+def test_barrier_deadline_at_which_all_are_here_is_no_timeout_if_the_thread_in_the_store_is_late(
+    monkeypatch: pytest.MonkeyPatch, thawed: threading.Event
+) -> None:
+    """Where the last rank came in time, a rank that hears of it late leaves in peace too."""
+    monkeypatch.setattr(_barrier, "LINGER_S", 0.2)
+    monkeypatch.setattr(_barrier, "GRACE_S", 0.2)
+    store = dist.HashStore()
+
+    def hook(method: str, _: str) -> None:
+        if method == "wait":
+            thawed.wait(PATIENCE_S)
+
+    def run(rank: int, _: dist.HashStore, __: Sequencer) -> Verdict:
+        if rank == 1:
+            assert wait_until(lambda: _is_waiting(store, 0, 2))
+            return _arrive(barrier_of(store, 1, 2))
+        return _arrive(barrier_of(HookedStore(store, hook), 0, 2), timeout=1.0)
+
+    assert [True, True] == [verdict.ok for verdict in values(run_threads(2, run))]
+
+
+def test_barrier_lookout_that_is_broken_is_not_silent(thawed: threading.Event) -> None:
+    """What is no error of the store surfaces where the wait is, and at once."""
+
+    def hook(method: str, _: str) -> None:
+        if method == "wait":
+            thawed.wait(PATIENCE_S)
+        if method == "set":
+            msg = "broken"
+            raise TypeError(msg)
+
+    with pytest.raises(TypeError, match=r"^broken$"):
+        _arrive(barrier_of(HookedStore(dist.HashStore(), hook), 0, 2), timeout=PATIENCE_S)
+
+
 # Interrupts
+
+
+@pytest.mark.parametrize("late", ["wait", "add"], ids=["before-it-is-known", "while-it-is-confirmed"])
+@pytest.mark.parametrize("server", [pytest.param(None, id="hosted-outside"), pytest.param(1, id="hosted-by-the-peer")])
+def test_barrier_interrupt_when_all_have_arrived_is_that_of_one_rank(
+    late: str, server: int | None, thawed: threading.Event
+) -> None:
+    """Ctrl-C that comes after the last arrival surfaces where it was sent; the peers leave in peace."""
+    store, arrived, held, adds = dist.HashStore(), threading.Event(), threading.Event(), []
+
+    def hook(method: str, key: str) -> None:
+        adds.extend([key] * (method == "add"))
+        if method == late and (late == "wait" or len(adds) > 1) and not held.is_set():
+            arrived.set()
+            held.set()
+            thawed.wait(PATIENCE_S)
+
+    barrier, other = barrier_of(HookedStore(store, hook), 0, 2, server=server), barrier_of(store, 1, 2, server=server)
+    verdicts: list[Verdict] = []
+
+    def be_peer() -> None:
+        if late == "wait":
+            assert arrived.wait(PATIENCE_S)
+        else:
+            assert wait_until(lambda: bool(adds))
+        verdicts.append(_arrive(other, timeout=PATIENCE_S))
+
+    peer = threading.Thread(target=be_peer)
+    peer.start()
+    is_full = (lambda: held.is_set() and bool(verdicts)) if server is None else (lambda: held.is_set() and _is_full())
+
+    def _is_full() -> bool:
+        return any(store.add(key, 0) & 0xFFFF == 2 for key in adds[:1] for key in [f"collective_scope/2/0/{key}"])
+
+    with pytest.raises(KeyboardInterrupt), interrupted_when(is_full):
+        _arrive(barrier, timeout=PATIENCE_S)
+    thawed.set()
+    peer.join(PATIENCE_S)
+
+    assert [True] == [verdict.ok for verdict in verdicts]
 
 
 def test_barrier_interrupted_rank_ends_the_round_for_all() -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from collective_scope import BarrierTimeoutError, _barrier, _groups, _process, _protocol, _watcher, collective_scope
+from collective_scope import (
+    BarrierTimeoutError,
+    _barrier,
+    _deadline,
+    _groups,
+    _process,
+    _protocol,
+    _watcher,
+    collective_scope,
+)
 from collective_scope._deadline import EXIT_CODE
 from collective_scope._lookout import Lookout
 from collective_scope._outcome import Record
@@ -147,3 +156,22 @@ def test_log_handler_that_raises_is_reported_and_changes_nothing(capsys: pytest.
 
     assert ["cleanup"] == calls
     assert "OSError: cannot write ERROR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leaves", ["the-barrier", "the-scope"])
+def test_deadline_of_a_rank_at_the_barrier_lets_it_leave(leaves: str) -> None:
+    """A rank that waits for its peers at its deadline is not stuck: its process lives on."""
+    left, asked = threading.Event(), threading.Event()
+    waiting = iter([True, True, True, leaves == "the-barrier"])
+
+    def is_waiting() -> bool:
+        answer = next(waiting, False)
+        if not answer or (leaves == "the-barrier" and asked.is_set()):
+            left.set()
+        asked.set()
+        return answer
+
+    # It would end this process otherwise.
+    _deadline._expire(left, 0.01, is_waiting, lambda: "where everybody is")  # noqa: SLF001
+
+    assert left.is_set()

@@ -283,7 +283,7 @@ def _limit(lookout: Lookout) -> float:
         return lookout.wait.read[1] + LINGER_S
     if lookout.decided is not None and lookout.decided.ok:
         # All had arrived at the deadline, but some may have given up: the thread in the store finds out.
-        return lookout.looked_at + LINGER_S
+        return lookout.decided_at + LINGER_S
     return lookout.deadline
 
 

@@ -75,6 +75,7 @@ class Lookout:
     wait: Wait = attrs.field(factory=Wait, init=False)
     decided: Verdict | None = attrs.field(default=None, init=False)
     """The verdict, if it was this lookout that ended the wait."""
+    decided_at: float = attrs.field(default=0.0, init=False)
     over: bool = attrs.field(default=False, init=False)
     """Set by the waiting thread when it waits no more."""
     looked_at: float = attrs.field(default=attrs.Factory(lambda self: self.start, takes_self=True), init=False)
@@ -179,6 +180,7 @@ class Lookout:
         for rank, place in where.items():
             if place.stacks:
                 logger.info("%s", _report.stacks(rank, place))
+        self.decided_at = now
         self.decided = self.protocol.close(self.mine, store, waited=now - self.start, lost=tuple(lost), where=where)
         return True
 
