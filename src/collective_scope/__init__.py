@@ -8,12 +8,13 @@ Collective teardown for parallel test suites.
 
 General layout, each module importing only from those below it:
 
-* ``_scope``: life cycle, teardown, decorator
+* ``_scope``, ``_failures``, ``_deadline``: life cycle, teardown, decorator; what surfaces; the end of patience
 * ``_groups``: what may be passed as ``group``; all that is asked of torch
-* ``_barrier``, ``_plain_barrier``: arrive, verdict, wait
-* ``_store_thread``: store calls that can be bounded and interrupted
+* ``_barrier``, ``_plain_barrier``: arrive, wait with a real bound, verdict
+* ``_lookout``, ``_watcher``: who looks for missing ranks while this one waits; who answers for this one
+* ``_protocol``, ``_store_thread``: what is said in the store; calls to it that can be bounded and interrupted
 * ``_report``: facts in, text out
-* ``_outcome``, ``_cleanups``, ``exceptions``: records, the stack, the errors
+* ``_outcome``, ``_process``, ``_cleanups``, ``exceptions``: records, the stack, the errors
 """
 
 from __future__ import annotations
