@@ -113,6 +113,7 @@ def test_scope_after_a_missed_round_refuses_its_body_while_a_rank_is_elsewhere()
             with pytest.raises(BarrierTimeoutError) as caught, scope:
                 ran.append(f"body {i}")
             texts.append(str(caught.value).splitlines()[0])
+            assert ("The body of this scope was not run" in str(caught.value)) == (i == 1)
         sequencer.announce("rank 0 has given up")
         return texts
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from collective_scope import _groups, collective_scope
+from collective_scope import _groups, _scope, collective_scope
 from collective_scope._barrier import Barrier
 from collective_scope._groups import find_barrier
 from tests.ranks import RankPool, values
@@ -236,6 +236,33 @@ def test_group_host_of_a_tcp_store_knows_that_it_is() -> None:
 def test_group_store_that_no_rank_serves_has_no_host(store: dist.Store) -> None:
     """Where nobody serves the store, nobody needs to stay."""
     assert None is _groups._server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001
+
+
+def test_group_of_text_is_taken_for_a_forgotten_name() -> None:
+    """The usual mistake is named."""
+    with pytest.raises(TypeError, match=r"group must be .* \(got 'my test', a str\); did you mean name='my test'\?$"):
+        find_barrier("my test")  # type: ignore[arg-type]
+
+
+def test_failure_of_a_body_that_made_the_group_is_logged_with_the_rank(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Although there was no group at the entry, the log says which rank failed."""
+
+    def fail() -> None:
+        with collective_scope(name="s"):
+            monkeypatch.setattr(dist, "is_initialized", lambda: True)
+            monkeypatch.setattr(dist, "get_rank", lambda: 1)
+            monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+            try:
+                raise LookupError
+            finally:
+                monkeypatch.setattr(_scope, "find_barrier", lambda _: None)
+
+    with pytest.raises(LookupError):
+        fail()
+
+    assert caplog.messages[0].startswith("rank 1 of 2 failed in scope 's', body")
 
 
 # The accelerator

@@ -104,8 +104,15 @@ def find_barrier(group: GroupLike) -> tuple[AnyBarrier, object] | None:
         return find_barrier(group.cpu_group)
     if isinstance(group, Communicator):
         return _plain_barriers.setdefault(id(group), PlainBarrier(group)), group
-    msg = f"{ACCEPTED} (got {group!r}, a {type(group).__qualname__})"
+    hint = f"; did you mean name={group!r}?" if isinstance(group, str) else ""
+    msg = f"{ACCEPTED} (got {group!r}, a {type(group).__qualname__}){hint}"
     raise TypeError(msg)
+
+
+def place_in_world() -> tuple[int, int]:
+    """Return this process's rank in the default group, and that group's size; 0 of 1 without one."""
+    is_there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if is_there else (0, 1)
 
 
 def is_destroyed(group: object) -> bool:

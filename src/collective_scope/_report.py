@@ -55,6 +55,8 @@ def missing(verdict: Verdict) -> str:
     head = f"{who}{_at(verdict)} after {verdict.timeout:.1f} s"
     lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
     lines.append(f"  {verdict.reason or MISSING_ADVICE}")
+    if verdict.stage == "entry":
+        lines.append("  The body of this scope was not run: not every rank has left the scope before it.")
     return "\n".join(lines)
 
 

@@ -25,7 +25,16 @@ from ._barrier import HEARTBEAT_TIMEOUT_S
 from ._cleanups import Cleanup, CleanupStack, describe
 from ._deadline import Deadline
 from ._failures import Failures, errors_of
-from ._groups import AnyBarrier, GroupLike, alone, find_barrier, group_barrier, is_destroyed, synchronize_accelerator
+from ._groups import (
+    AnyBarrier,
+    GroupLike,
+    alone,
+    find_barrier,
+    group_barrier,
+    is_destroyed,
+    place_in_world,
+    synchronize_accelerator,
+)
 from ._outcome import Record, Verdict, shorten, type_name
 from ._plain_barrier import PlainBarrier
 from ._watcher import Mark, enter, here, leave
@@ -62,9 +71,10 @@ def collective_scope(
     On exit, whether or not the body raised, each rank
 
     1. tells its peers at once if it failed, and logs its traceback,
-    2. waits for its accelerator, and runs its local cleanups, last registered first,
+    2. waits for its accelerator, and runs its cleanups, last registered first, down to the first collective one,
     3. arrives at the barrier and waits, at most *timeout*, for the verdict of all ranks,
-    4. runs the collective cleanups that all ranks agreed on, if there are any, and arrives again,
+    4. runs the rest of its cleanups, last registered first, the collective ones in lockstep and only if
+       all ranks agreed on them, and arrives again; without a collective cleanup, 3 was the end of it,
     5. runs what was registered with `CollectiveScope.after_barrier`,
     6. returns if every rank arrived and none failed; otherwise raises, like every other rank.
 
@@ -577,7 +587,8 @@ class CollectiveScope:
             self._fail(phase, error)
 
     def _fail(self, phase: str, error: BaseException) -> None:
-        rank, world_size = (self._barrier.rank, self._barrier.world_size) if self._barrier else (0, 1)
+        # A body that has made the group, and failed, has no barrier yet.
+        rank, world_size = (self._barrier.rank, self._barrier.world_size) if self._barrier else place_in_world()
         # What an inner scope raised is in the log already.
         self._failures.add(phase, error, rank=rank, world_size=world_size, log=error is not self._told)
 
