@@ -181,7 +181,7 @@ class Protocol:
         if not is_last:
             store.wait([f"{mine.round}/verdict"], FOREVER)
         elif not wait.gave_up:
-            self.close(mine, store)  # all are here, so nobody else may do so
+            self.close(mine, store, is_spoiled=True)
         return self.read(mine, wait, store, tell) if wait.claim() else None
 
     def _attend_ok(
@@ -314,17 +314,21 @@ class Protocol:
         lost: tuple[int, ...] = (),
         where: Mapping[int, Place] = NOWHERE,
         gave_up: bool = False,
+        is_spoiled: bool = False,
     ) -> Verdict:
         """
         Decide the verdict from what is known now, unless it has been decided; return what was.
 
         That all have arrived and are well is a decision too, which only *gave_up* overrules.
+        The rank that arrived last knows whether it *is_spoiled*.
         """
         t, count_key = mine.round, _count_key(mine)
         count = store.add(count_key, _SPOILED)
         arrived = count & _FIELD
         if arrived == self.world_size and count < 2 * _SPOILED and not gave_up:
             store.set(f"{count_key}/ok", "")  # the rank that arrived last may not have come to it
+            return all_ok(mine, self.world_size)
+        if arrived == self.world_size and not is_spoiled and not gave_up and self._becomes_ok(t, count_key, store):
             return all_ok(mine, self.world_size)
         records = self._records_of(mine, arrived, store)
         if reason:
@@ -338,6 +342,15 @@ class Protocol:
             store.set(f"{t}/gave_up", "")
         store.set(f"{t}/news", "closed")
         return Verdict.decode(decided)
+
+    def _becomes_ok(self, t: int, count_key: str, store: Store) -> bool:
+        """Whether all had arrived before somebody else spoiled the count: the one who did knows, and says so at once."""
+        limit = time.monotonic() + RECORDS_S
+        while time.monotonic() < limit and not store.check([f"{t}/verdict"]):
+            if store.check([f"{count_key}/ok"]):
+                return not store.check([f"{t}/verdict"])
+            time.sleep(RECORDS_S / 20)
+        return False
 
     def _records_of(self, mine: Record, arrived: int, store: Store) -> dict[int, Record]:
         """Return all records, those of the *arrived* ranks included, which may have nothing to report."""
