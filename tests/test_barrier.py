@@ -14,7 +14,7 @@ import attrs
 import pytest
 import torch.distributed as dist
 
-from collective_scope import _barrier, _lookout
+from collective_scope import _barrier, _lookout, _protocol
 from collective_scope._barrier import Barrier
 from collective_scope._outcome import OK, Outcome, Record, Verdict
 from tests.ranks import Sequencer, run_threads, values
@@ -722,6 +722,38 @@ def test_barrier_deadline_at_which_all_are_here_is_no_timeout_if_the_thread_in_t
         return _arrive(barrier_of(HookedStore(store, hook), 0, 2), timeout=1.0)
 
     assert [True, True] == [verdict.ok for verdict in values(run_threads(2, run))]
+
+
+def test_barrier_two_that_end_a_round_when_the_last_rank_arrived_and_died_decide_alike() -> None:
+    """The second one, which takes the last rank for lost, waits for the word of the first, for which all had arrived."""
+    store, at_decision, waits = dist.HashStore(), threading.Event(), threading.Event()
+
+    def first(method: str, key: str) -> None:
+        if method == "set" and key.endswith("/ok"):
+            at_decision.set()
+            assert waits.wait(PATIENCE_S)
+
+    def second(method: str, _: str) -> None:
+        if method == "check":
+            waits.set()
+
+    mine = Record(0, "exit", "scope", 0)
+    protocols = [_protocol.Protocol(rank, 3, None) for rank in range(3)]
+    stores = [HookedStore(store, hook) for hook in (first, second, lambda *_: None)]
+    views = [protocol.join(each) for protocol, each in zip(protocols, stores, strict=True)]
+    for view in views:
+        view.add(_protocol._count_key(mine), 1)  # noqa: SLF001  (as far as the third one came)
+    verdicts: list[Verdict] = []
+    thread = threading.Thread(target=lambda: verdicts.append(protocols[0].close(mine, views[0])))
+    thread.start()
+    assert at_decision.wait(PATIENCE_S)
+    try:
+        verdicts.append(protocols[1].close(mine, views[1], lost=(2,)))
+    finally:
+        waits.set()
+        thread.join(PATIENCE_S)
+
+    assert [True, True] == [verdict.ok for verdict in verdicts]
 
 
 def test_barrier_lookout_that_is_broken_is_not_silent(thawed: threading.Event) -> None:
