@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -41,7 +41,7 @@ def test_call_returns_what_the_job_returned_for_its_store() -> None:
     store = dist.HashStore()
     thread = StoreThread(lambda: store)
 
-    assert thread.call(lambda given, tell: (given, tell is not None), PATIENCE_S) == (store, True)
+    assert thread.call(lambda given: given, PATIENCE_S) is store
 
 
 def test_calls_run_on_one_daemon_thread_with_one_connection() -> None:
@@ -107,26 +107,21 @@ def test_call_failed_connection_is_delivered_and_tried_again() -> None:
 
     with pytest.raises(RuntimeError, match=r"^refused$"):
         thread.call(lambda *_: None, PATIENCE_S)
-    store = thread.call(lambda store, _: store, PATIENCE_S)
+    store = thread.call(lambda store: store, PATIENCE_S)
     assert store is stores[1]
 
 
-def test_submit_messages_come_in_order_and_the_last_says_how_it_ended() -> None:
-    """What a job tells arrives before its end, which is `Done` or `Failed`."""
+def test_submit_reply_says_how_the_job_ended() -> None:
+    """What comes back is `Done` or `Failed`."""
     thread = StoreThread(dist.HashStore)
 
-    def job(_: Any, tell: Callable[[Any], None]) -> str:
-        tell("one")
-        tell("two")
-        return "value"
-
-    def fail(*_: Any) -> None:
+    def fail(_: dist.Store) -> None:
         msg = "no"
         raise ValueError(msg)
 
-    replies, failures = thread.submit(job), thread.submit(fail)
+    replies, failures = thread.submit(lambda _: "value"), thread.submit(fail)
 
-    assert ["one", "two", Done("value")] == [replies.get(timeout=PATIENCE_S) for _ in range(3)]
+    assert Done("value") == replies.get(timeout=PATIENCE_S)
     match failures.get(timeout=PATIENCE_S):
         case Failed(ValueError()):
             pass
@@ -134,91 +129,81 @@ def test_submit_messages_come_in_order_and_the_last_says_how_it_ended() -> None:
             pytest.fail(f"not the error: {other}")
 
 
-def test_later_job_runs_when_there_is_nothing_else_to_do() -> None:
-    """What was put off runs soon after the last job, on the same store."""
-    store = dist.HashStore()
+class _NotingStore(dist.Store):
+    """Notes which keys are removed."""
+
+    def __init__(self, fail_at: str = "") -> None:
+        super().__init__()
+        self.fail_at = fail_at
+        self.removed: list[str] = []
+        self.is_done = threading.Event()
+
+    def delete_key(self, key: str) -> bool:
+        if key == self.fail_at:
+            self.is_done.set()
+            msg = "connection reset"
+            raise RuntimeError(msg)
+        self.removed.append(key)
+        if key == "last":
+            self.is_done.set()
+        return True
+
+
+def test_stale_keys_are_removed_when_there_is_nothing_else_to_do() -> None:
+    """What a job leaves behind goes soon after the last one."""
+    store = _NotingStore()
     thread = StoreThread(lambda: store)
-    ran: SimpleQueue[dist.Store] = SimpleQueue()
 
-    def put_off(given: dist.Store, tell: Callable[[Any], None]) -> None:
-        tell("unheard")
-        ran.put(given)
-
-    assert 1 == thread.call(lambda *_: Later(1, put_off), PATIENCE_S)
-    assert store is ran.get(timeout=PATIENCE_S)
+    assert 1 == thread.call(lambda _: Later(1, ["first", "last"]), PATIENCE_S)
+    assert store.is_done.wait(PATIENCE_S)
+    assert ["first", "last"] == store.removed
 
 
-def test_later_job_gives_way_to_jobs() -> None:
-    """What was put off does not delay what somebody waits for."""
-    order: list[str] = []
-    done = threading.Event()
-
-    def put_off(*_: Any) -> None:
-        order.append("later")
-        done.set()
-
-    thread = StoreThread(dist.HashStore)
+def test_stale_keys_give_way_to_jobs() -> None:
+    """Removing them does not delay what somebody waits for."""
+    store = _NotingStore()
+    thread = StoreThread(lambda: store)
     started = threading.Event()
     thread.submit(_wait_for(started))
-    thread.submit(lambda *_: Later(None, put_off))
-    thread.submit(lambda *_: order.append("job"))
+    thread.submit(lambda _: Later(None, ["last"]))
+    thread.submit(lambda given: given.removed.append("a job"))  # type: ignore[attr-defined]
     started.set()
 
-    assert done.wait(PATIENCE_S)
-    assert ["job", "later"] == order
+    assert store.is_done.wait(PATIENCE_S)
+    assert ["a job", "last"] == store.removed
 
 
-def test_later_jobs_without_a_pause_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that is never idle turns to what was put off before it becomes too much."""
-    monkeypatch.setattr(_store_thread, "MOST_LATER", 3)
-    thread = StoreThread(dist.HashStore)
+def test_stale_keys_without_a_pause_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is never idle removes them, a few at a time, before there are too many."""
+    monkeypatch.setattr(_store_thread, "MOST_STALE", 10)
+    store = _NotingStore()
+    thread = StoreThread(lambda: store)
     started = threading.Event()
-    waiting = 0
-    most = 0
-
-    def put_off(*_: Any) -> Later:
-        nonlocal waiting, most
-        waiting += 1
-        most = max(most, waiting)
-        return Later(None, catch_up)
-
-    def catch_up(*_: Any) -> None:
-        nonlocal waiting
-        waiting -= 1
-
     thread.submit(_wait_for(started))
-    for _ in range(20):
-        thread.submit(put_off)
+    seen: list[int] = []
+    for number in range(40):
+        thread.submit(lambda given: seen.append(len(given.removed)))  # type: ignore[attr-defined]
+        thread.submit(lambda _, n=number: Later(None, [f"{n}a", f"{n}b", f"{n}c"]))  # type: ignore[misc]
     started.set()
-    thread.call(lambda *_: None, PATIENCE_S)
+    removed = thread.call(lambda given: len(given.removed), PATIENCE_S)  # type: ignore[attr-defined]
 
-    assert most <= 5
+    assert 3 * 40 - removed <= 10 + 3
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= 6
 
 
-def test_later_job_error_is_logged_and_harmless(caplog: pytest.LogCaptureFixture) -> None:
-    """When the store is gone, what was put off is dropped, with a line for those who look."""
+def test_stale_keys_of_a_store_that_is_gone_are_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    """There is nothing to remove then; a line for those who look, and the thread goes on."""
     caplog.set_level(logging.DEBUG, "collective_scope")
-    thread = StoreThread(dist.HashStore)
-    began, ran = threading.Event(), threading.Event()
-    order: list[str] = []
+    store = _NotingStore(fail_at="first")
+    thread = StoreThread(lambda: store)
+    thread.call(lambda _: Later(None, ["first", "second"]), PATIENCE_S)
 
-    def fail(*_: Any) -> None:
-        began.set()
-        msg = "connection reset"
-        raise RuntimeError(msg)
-
-    started = threading.Event()
-    thread.submit(_wait_for(started))
-    thread.submit(lambda *_: Later(None, fail))
-    thread.submit(lambda *_: Later(None, lambda *_: order.append("dropped")))
-    started.set()
-
-    assert began.wait(PATIENCE_S)
-    assert 1 == thread.call(lambda *_: 1, PATIENCE_S)
-    assert 2 == thread.call(lambda *_: Later(2, lambda *_: ran.set()), PATIENCE_S)
-    assert ran.wait(PATIENCE_S)
-    assert [] == order
-    assert ["a store call that was put off failed: connection reset"] == caplog.messages
+    assert store.is_done.wait(PATIENCE_S)
+    store.is_done.clear()
+    assert 2 == thread.call(lambda _: Later(2, ["last"]), PATIENCE_S)
+    assert store.is_done.wait(PATIENCE_S)
+    assert ["last"] == store.removed
+    assert ["stale keys cannot be removed: connection reset"] == caplog.messages
 
 
 def test_thread_ends_when_nobody_can_ask_it_any_more() -> None:
@@ -278,7 +263,7 @@ from collective_scope._store_thread import StoreThread
 store = dist.HashStore()
 waiting, idle = StoreThread(lambda: store), StoreThread(lambda: store)
 started = threading.Event()
-waiting.submit(lambda store, tell: (started.set(), store.wait(["never"], timedelta(seconds=%s))))
+waiting.submit(lambda store: (started.set(), store.wait(["never"], timedelta(seconds=%s))))
 idle.call(lambda *_: None, 10.0)
 started.wait(10.0)
 print("through")

@@ -21,7 +21,7 @@ from ._lookout import CHECK_S, CLOSED, LINGER_S, Lookout, warning_times
 from ._outcome import Outcome, Record, Verdict, judge
 from ._process import NOBODY, Place, Process, me
 from ._protocol import Protocol, Wait
-from ._store_thread import Done, Failed, Job, Later, StoreThread, Tell
+from ._store_thread import Done, Failed, Job, StoreThread
 from ._watcher import POLL_S, Watcher
 
 
@@ -47,6 +47,7 @@ class Barrier:
         world_size: Number of ranks of the group.
         server: The rank whose process hosts the store's server, if one of the group's does.
         watcher: What answers for this process; kept alive by its barriers.
+        hosted: The store object, if this process hosts its server: it must outlast the last store call.
         global_ranks: What the ranks are called in the default group, if not the same.
     """
 
@@ -56,6 +57,7 @@ class Barrier:
     server: int | None = None
     global_ranks: tuple[int, ...] = ()
     watcher: Watcher | None = None
+    hosted: Store | None = None
     in_step: bool = attrs.field(default=True, init=False)
     """Whether every rank arrived at the latest round; if not, a body must not start."""
     scopes: int = attrs.field(default=0, init=False)
@@ -93,22 +95,26 @@ class Barrier:
         self.in_step = False
         if self._gone is not None:
             return self._unreachable(mine, 0.0, self._gone)
-        now = time.monotonic()
-        deadline = now + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
-        lookout = Lookout(self._protocol, mine, now, deadline, failure_timeout, heartbeat_timeout)
+        start, wait = time.monotonic(), Wait()
+        lookout: Lookout | None = None
         try:
-            verdict = self._await(self._protocol.attend, lookout)
-            if verdict is None:
-                lookout = self._look_elsewhere(lookout)
-                verdict = self._await(self._protocol.read, lookout) or lookout.decided
-                assert verdict is not None  # noqa: S101  (only attend() leaves it open)
+            replies = self._ask(functools.partial(self._protocol.attend, mine, wait))
+            reply = _get(replies, start + CHECK_S)
+            if isinstance(reply, Done):
+                verdict = cast("Verdict", reply.value)  # as fast as this if all are here
+            else:
+                deadline = start + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
+                lookout = Lookout(self._protocol, mine, wait, start, deadline, failure_timeout, heartbeat_timeout)
+                verdict = self._await(replies, reply, lookout) or self._read_elsewhere(lookout)
         except BaseException as interrupt:
             # A signal. The peers must not be told later that this rank left in peace.
-            lookout.over = True
-            self.in_step = self._stop_waiting(lookout, interrupt).complete
+            if lookout is not None:
+                lookout.over = True
+            self.in_step = self._stop_waiting(mine, wait, interrupt).complete
             raise
         finally:
-            lookout.over = True
+            if lookout is not None:
+                lookout.over = True
         self.in_step = verdict.complete
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
@@ -131,13 +137,13 @@ class Barrier:
         if self.world_size > 1 and not self._has_greeted:
             self._has_greeted = True
             until = time.monotonic() + GRACE_S
-            _get(self._ask(lambda *_: None), until)
+            _get(self._ask(lambda _: None), until)
             while self.watcher is not None and not self.watcher.server and time.monotonic() < until:
                 time.sleep(POLL_S / 20)
 
     def survey(self, mine: Record) -> dict[int, Place]:
         """Return where the other ranks are, as far as that can be said within a second or two."""
-        lookout = Lookout(self._protocol, mine, time.monotonic(), 0.0, 0.0, math.inf)
+        lookout = Lookout(self._protocol, mine, Wait(), time.monotonic(), 0.0, 0.0, math.inf)
         try:
             places: dict[int, Place] = self._new_thread().call(lookout.survey, 2 * GRACE_S)
         except (TimeoutError, RuntimeError) as error:
@@ -165,15 +171,11 @@ class Barrier:
         if self._thread is None:
             self._thread = self._new_thread()
         if not self._thread.farewell:
-            self._thread.farewell.append(functools.partial(_end_life, self._protocol, self._hosts()))
+            self._thread.farewell.append(functools.partial(_end_life, self._protocol, self._hosts(), self.hosted))
         return self._thread.submit(job)
 
-    def _await(
-        self, job: Callable[[Record, Wait, Store, Tell], Verdict | Later | None], lookout: Lookout
-    ) -> Verdict | None:
-        """Wait for *job*, looking out meanwhile; return None if the round was closed and the job cannot know."""
-        replies = self._ask(functools.partial(job, lookout.mine, lookout.wait))
-        reply = _get(replies, lookout.start + CHECK_S)
+    def _await(self, replies: SimpleQueue[Any], reply: Any, lookout: Lookout) -> Verdict | None:
+        """Go on waiting, and look out meanwhile; return None if the round was closed and who waits cannot know."""
         if reply is None:
             self._helper = self._helper or self._new_thread()
             self._helper.submit(functools.partial(lookout.run, replies))
@@ -197,16 +199,22 @@ class Barrier:
             raise reply.error
         return self._without_store(lookout, reply.error)
 
-    def _look_elsewhere(self, lookout: Lookout) -> Lookout:
-        """Leave the thread behind that waits for ``ok`` in vain, and go on with the one that knows better."""
+    def _read_elsewhere(self, lookout: Lookout) -> Verdict:
+        """Leave the thread behind that waits for ``ok`` in vain, and read the verdict on the one that knows better."""
         lookout.over = lookout.wait.claim()
         self._leave_thread_behind()
         self._thread, self._helper = self._helper, None
-        now = time.monotonic()
-        second = Lookout(self._protocol, lookout.mine, now, now, 0.0, lookout.heartbeat_timeout)
+        now, wait = time.monotonic(), Wait()
+        wait.claim()  # the peers know already
+        second = Lookout(self._protocol, lookout.mine, wait, now, now, 0.0, lookout.heartbeat_timeout)
         second.decided = lookout.decided
-        second.wait.claim()  # the peers know already
-        return second
+        replies = self._ask(functools.partial(self._protocol.read, lookout.mine, wait))
+        try:
+            verdict = self._await(replies, _get(replies, now + CHECK_S), second)
+        finally:
+            second.over = True
+        assert verdict is not None  # noqa: S101  (only attend() leaves it open)
+        return verdict
 
     def _warn_if_blind(self, lookout: Lookout, at: float) -> None:
         # As long as the store answers, the lookout warns, and names names.
@@ -227,13 +235,12 @@ class Barrier:
         now = time.monotonic()
         return self._unreachable(lookout.mine, now - lookout.start, error, silence=now - lookout.looked_at)
 
-    def _stop_waiting(self, lookout: Lookout, interrupt: BaseException) -> Verdict:
+    def _stop_waiting(self, mine: Record, wait: Wait, interrupt: BaseException) -> Verdict:
         """End the round for all: an interrupt has ended the wait of this rank."""
-        mine = lookout.mine
         if mine.outcome.ok:
             mine = attrs.evolve(mine, outcome=Outcome.of(interrupt, "barrier"))
         reason = _report.stopped_waiting(self.rank, interrupt)
-        resign = functools.partial(self._protocol.resign, mine, reason, counts=lookout.wait.claim())
+        resign = functools.partial(self._protocol.resign, mine, reason, counts=wait.claim())
         self._leave_thread_behind()
         self._helper = self._helper or self._new_thread()
         try:
@@ -291,7 +298,8 @@ def _is_hosted_elsewhere(protocol: Protocol, hosts: list[Process]) -> bool:
     return protocol.server is None or (not protocol.is_settled and NOBODY in hosts)
 
 
-def _end_life(protocol: Protocol, hosts: list[Process], store: Store, tell: Tell) -> None:
+def _end_life(protocol: Protocol, hosts: list[Process], hosted: Store | None, store: Store) -> None:
     """End the life of a destroyed group in a store that outlives it; where a rank hosts the store, it does not."""
+    del hosted  # kept until now
     if _is_hosted_elsewhere(protocol, hosts):
-        protocol.end(store, tell)
+        protocol.end(store)

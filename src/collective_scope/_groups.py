@@ -167,6 +167,7 @@ def _of_process_group(group: ProcessGroup) -> tuple[Barrier, object]:
             server=server,
             global_ranks=() if ranks == list(range(len(ranks))) else tuple(ranks),
             watcher=_watcher(store, connect) if group.size() > 1 else None,
+            hosted=store if server == group.rank() else None,
         )
         _barriers[group] = barrier
     # Where this process hosts the store, the server lives as long as the store object:

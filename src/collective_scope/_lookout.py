@@ -19,7 +19,7 @@ from . import _report
 from ._outcome import Record, Verdict, judge
 from ._process import Place, Process
 from ._protocol import Protocol, Wait, all_ok
-from ._store_thread import ABSENT, Failed, Tell, peek
+from ._store_thread import ABSENT, Failed, peek
 from ._watcher import ask, view
 
 
@@ -60,6 +60,7 @@ class Lookout:
     Args:
         protocol: This rank's part in the rounds.
         mine: What this rank told in the round that it waits for.
+        wait: What the thread that waits in the store, and the one that waits for it, share.
         start: When it arrived, on the monotonic clock.
         deadline: When the wait ends, on the same clock; may be moved while it runs.
         failure_timeout: Longest wait in seconds from the moment at which a failure is known.
@@ -68,11 +69,11 @@ class Lookout:
 
     protocol: Protocol
     mine: Record
+    wait: Wait
     start: float
     deadline: float
     failure_timeout: float
     heartbeat_timeout: float
-    wait: Wait = attrs.field(factory=Wait, init=False)
     decided: Verdict | None = attrs.field(default=None, init=False)
     """The verdict, if it was this lookout that ended the wait."""
     decided_at: float = attrs.field(default=0.0, init=False)
@@ -88,17 +89,17 @@ class Lookout:
     _asked: dict[int, int] = attrs.field(factory=dict, init=False)
     _asked_at: float = attrs.field(default=0.0, init=False)
 
-    def run(self, replies: SimpleQueue[Any], store: Store, tell: Tell) -> None:
+    def run(self, replies: SimpleQueue[Any], store: Store) -> None:
         """Look out until the wait is over; tell the waiting thread, in *replies*, what it cannot see."""
         try:
-            self._run(replies, store, tell)
+            self._run(replies, store)
         except BaseException as error:
             # The thread that waits in the store meets torch's store errors itself.
             if not isinstance(error, RuntimeError):
                 replies.put(Failed(error))
             raise
 
-    def _run(self, replies: SimpleQueue[Any], store: Store, tell: Tell) -> None:
+    def _run(self, replies: SimpleQueue[Any], store: Store) -> None:
         if self.mine.outcome.ok and not self.over:
             # Who arrived in peace has told nobody so far.
             store.set(f"rank/{self.protocol.rank}", self.mine.encode())
@@ -122,7 +123,7 @@ class Lookout:
                 logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
             self._pause(CHECK_S if now >= self.deadline else min(CHECK_S, self.deadline - now))
         if self.wait.must_resign():
-            self.protocol.resign(self.mine, self.protocol.gave_up, store, tell, gave_up=True)
+            self.protocol.resign(self.mine, self.protocol.gave_up, store, gave_up=True)
 
     def _shorten(self, replies: SimpleQueue[Any], now: float) -> None:
         """Wait for `failure_timeout` only from the moment at which a failure is known."""
@@ -154,7 +155,7 @@ class Lookout:
         while not self.over and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, PAUSE_S))  # an Event would cost every exit more than this wakes up
 
-    def survey(self, store: Store, tell: Tell) -> dict[int, Place]:  # noqa: ARG002  (a job's signature)
+    def survey(self, store: Store) -> dict[int, Place]:
         """Return where all other ranks are, whether or not they have arrived."""
         others = [rank for rank in range(self.protocol.world_size) if rank != self.protocol.rank]
         self._records = self.protocol.records(store, others)

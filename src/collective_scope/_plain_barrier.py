@@ -55,7 +55,7 @@ class PlainBarrier:
         if mine.stage != "entry":
             if self._thread is None:
                 self._thread = StoreThread(lambda: None)  # type: ignore[arg-type, return-value]  # no store
-            self._entered = self._thread.submit(lambda *_: self._communicator.Barrier())
+            self._entered = self._thread.submit(lambda _: self._communicator.Barrier())
             if not self._left(limit - (time.monotonic() - start)):
                 return self._timed_out(mine, time.monotonic() - start)
         self.in_step = True

@@ -40,7 +40,6 @@ arrives last in the next round.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import threading
 import time
@@ -53,7 +52,7 @@ from torch.distributed import PrefixStore, Store
 
 from ._outcome import NOWHERE, OK, Record, Verdict, judge
 from ._process import NOBODY, Place, me
-from ._store_thread import ABSENT, Later, Tell, peek, set_first
+from ._store_thread import ABSENT, Later, peek, set_first
 
 
 # Fields of the count, of 16 bits each: how many arrived, how many have been told the verdict,
@@ -149,7 +148,7 @@ class Protocol:
         set_first(store, f"rank/{self.rank}", Record(-1, "", "", -1, arrived=False, process=me()).encode())
         return store
 
-    def end(self, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
+    def end(self, store: Store) -> None:
         """End this life of the group, which has been destroyed here, unless that has been done."""
         store.underlying_store.compare_set("life", self._life, str(int(self._life) + 1))  # type: ignore[attr-defined]
 
@@ -158,19 +157,19 @@ class Protocol:
         """Whether the store lives in this rank's process."""
         return self.rank == self.server
 
-    def attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later | None:
+    def attend(self, mine: Record, wait: Wait, store: Store) -> Verdict | Later | None:
         """Arrive, wait, read, confirm; return None if somebody else has claimed the wait."""
-        verdict = self._attend(mine, wait, store, tell)
-        return self.resign(mine, self.gave_up, store, tell, gave_up=True) if wait.must_resign() else verdict
+        verdict = self._attend(mine, wait, store)
+        return self.resign(mine, self.gave_up, store, gave_up=True) if wait.must_resign() else verdict
 
     @property
     def gave_up(self) -> str:
         """Why a round ends that this rank has not waited for to the end."""
         return f"rank {self.rank} gave up, because the store did not answer in time"
 
-    def _attend(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later | None:
+    def _attend(self, mine: Record, wait: Wait, store: Store) -> Verdict | Later | None:
         if not mine.outcome.ok:
-            self.publish(mine, store, tell)
+            self.publish(mine, store)
         elif mine.cleanups:
             store.set(f"rank/{self.rank}", mine.encode())
         pending = _SPOILED if mine.cleanups else 0
@@ -182,7 +181,7 @@ class Protocol:
             store.wait([f"{mine.round}/verdict"], FOREVER)
         elif not wait.gave_up:
             self.close(mine, store, is_spoiled=True)
-        return self.read(mine, wait, store, tell) if wait.claim() else None
+        return self.read(mine, wait, store) if wait.claim() else None
 
     def _attend_ok(
         self, mine: Record, wait: Wait, store: Store, count: int, *, is_last: bool
@@ -229,7 +228,7 @@ class Protocol:
         # Not by peek(): on a TCPStore that wakes who waits for the key.
         return store.check([f"{_count_key(mine)}/ok"])
 
-    def read(self, mine: Record, wait: Wait, store: Store, tell: Tell) -> Verdict | Later:  # noqa: ARG002  (a job's signature)
+    def read(self, mine: Record, wait: Wait, store: Store) -> Verdict | Later:
         """Read and confirm the verdict of a round in which there is something to report."""
         t, count_key = mine.round, _count_key(mine)
         verdict = Verdict.decode(peek(store, f"{t}/verdict"))
@@ -271,7 +270,6 @@ class Protocol:
         mine: Record,
         reason: str,
         store: Store,
-        tell: Tell,  # noqa: ARG002  (a job's signature)
         *,
         counts: bool = True,
         gave_up: bool = False,
@@ -283,7 +281,6 @@ class Protocol:
             mine: What this rank tells.
             reason: Why.
             store: The store.
-            tell: Not used.
             counts: Whether to confirm the verdict, because nobody else does on this rank.
             gave_up: Whether this rank has raised already, so that no other may leave in peace.
         """
@@ -295,7 +292,7 @@ class Protocol:
             keys = self._count_reader(mine, verdict, store)[0]
         return _later(verdict, keys)
 
-    def publish(self, mine: Record, store: Store, tell: Tell) -> None:  # noqa: ARG002  (a job's signature)
+    def publish(self, mine: Record, store: Store) -> None:
         """Tell that this rank failed, and wake the waiting ones."""
         if self._order[0] != mine.sequence:
             self._order = (mine.sequence, store.add("failures", 1))
@@ -395,10 +392,5 @@ def all_ok(mine: Record, world_size: int) -> Verdict:
     )
 
 
-def _later(verdict: Verdict, keys: list[str]) -> Verdict | Later:
-    return Later(verdict, functools.partial(_remove, keys)) if keys else verdict
-
-
-def _remove(keys: list[str], store: Store, tell: Tell) -> None:  # noqa: ARG001  (a job's signature)
-    for key in keys:
-        store.delete_key(key)
+def _later(verdict: Verdict, stale: list[str]) -> Verdict | Later:
+    return Later(verdict, stale) if stale else verdict

@@ -17,8 +17,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 
@@ -28,17 +29,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("collective_scope")
 
-Tell = Callable[[Any], None]
-Job = Callable[["Store", Tell], Any]
-"""Given the thread's store and a way to tell the caller something before the job is done."""
+Job = Callable[["Store"], Any]
+"""Given the thread's store."""
 
-Item = tuple[Job, SimpleQueue[Any]] | Literal["finish", "stop"]
-"""What a thread gets: a job and where to reply; or to end, having done what was put off, or at once."""
+Item = tuple[Job, SimpleQueue[Any]] | list[Job] | Literal["stop"]
+"""What a thread gets: a job and where to reply; or to end, having removed what is stale and done these, or at once."""
 
 IDLE_S = 0.02
-"""Without a job for this long, the thread turns to what was put off."""
+"""Without a job for this long, the thread removes stale keys."""
 
-MOST_LATER = 1024
+MOST_STALE = 1024
+"""More stale keys than this do not wait for such a pause."""
 
 EXIT_S = 5.0
 """How long the end of the process waits for threads that are in a store call; they come back at once, or never."""
@@ -53,10 +54,10 @@ class Done:
 
 @attrs.frozen
 class Later:
-    """What a job may return instead: its value, and a job to run when nothing else is to be done."""
+    """What a job may return instead: its value, and keys to remove when there is nothing else to do."""
 
     value: Any
-    job: Job
+    stale: list[str]
 
 
 @attrs.frozen
@@ -74,7 +75,7 @@ class StoreThread:
         connect: Called on the thread before its first job; returns the store it uses.
 
     Attributes:
-        farewell: Jobs to run when nobody can ask the thread any more.
+        farewell: Jobs to run at last, when nobody can ask the thread any more.
     """
 
     def __init__(self, connect: Callable[[], Store]) -> None:
@@ -83,10 +84,10 @@ class StoreThread:
         start_thread("collective_scope-store", _serve, jobs, connect, stop=lambda: jobs.put("stop"))
         # The thread holds the queue, not this object, so it ends when nobody can ask it any more.
         self.farewell: list[Job] = []
-        weakref.finalize(self, _dismiss, self._jobs, self.farewell).atexit = False
+        weakref.finalize(self, jobs.put, self.farewell).atexit = False
 
     def submit(self, job: Job) -> SimpleQueue[Any]:
-        """Start *job*; what it tells, and at last `Done` or `Failed`, appears in the returned queue."""
+        """Start *job*; `Done` or `Failed` appears in the returned queue."""
         replies: SimpleQueue[Any] = SimpleQueue()
         self._jobs.put((job, replies))
         return replies
@@ -108,59 +109,69 @@ class StoreThread:
         return last.value
 
 
-def _dismiss(jobs: SimpleQueue[Item], farewell: list[Job]) -> None:
-    for job in farewell:
-        jobs.put((job, SimpleQueue()))
-    jobs.put("finish")
-
-
 def _serve(jobs: SimpleQueue[Item], connect: Callable[[], Store]) -> None:
     store: Store | None = None
-    later: deque[Job] = deque()
+    stale: deque[str] = deque()  # of texts, which the garbage collector does not look at
     while True:
         try:
-            item = jobs.get(timeout=IDLE_S if later else None)
+            item = jobs.get(timeout=IDLE_S if stale else None)
         except Empty:
-            _catch_up(later, store)
+            _remove(stale, store, len(stale))
             continue
-        if item == "finish":
-            _catch_up(later, store)
-        if isinstance(item, str):
+        if isinstance(item, list):
+            _remove(stale, store, len(stale))
+            _say_farewell(item, store)
+        if not isinstance(item, tuple):
             return
-        if len(later) > MOST_LATER:
-            _catch_up(later, store)
         job, replies = item
         try:
             if store is None:
                 store = connect()
-            value = job(store, replies.put)
+            value = job(store)
         except BaseException as error:
             replies.put(Failed(error))
         else:
             replies.put(Done(value.value if isinstance(value, Later) else value))
             if isinstance(value, Later):
-                later.append(value.job)
+                stale.extend(value.stale)
+                if len(stale) > MOST_STALE:
+                    # A few more than came, not all at once: a peer may be waiting for the next job.
+                    _remove(stale, store, 2 * len(value.stale))
             del value
         # Until the next job comes, this frame must keep nothing of the last one alive.
         del item, job, replies
 
 
-def _catch_up(later: deque[Job], store: Store | None) -> None:
-    while later and store is not None:
-        try:
-            later.popleft()(store, _nobody)
-        except RuntimeError as error:
-            # torch's store errors are RuntimeErrors. The store is gone, and with it what was to be removed.
-            logger.debug("a store call that was put off failed: %s", error)
-            later.clear()
+def _remove(stale: deque[str], store: Store | None, number: int) -> None:
+    try:
+        for _ in range(min(number, len(stale))):
+            cast("Store", store).delete_key(stale.popleft())  # a job has left them there
+    except RuntimeError as error:
+        # torch's store errors are RuntimeErrors. The store is gone, and the keys with it.
+        logger.debug("stale keys cannot be removed: %s", error)
+        stale.clear()
+
+
+def _say_farewell(jobs: list[Job], store: Store | None) -> None:
+    try:
+        for job in jobs if store is not None else ():
+            job(cast("Store", store))
+    except RuntimeError as error:
+        logger.debug("the store was gone before it was left: %s", error)
 
 
 _stops: weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]] = weakref.WeakKeyDictionary()
 """How to end each thread that makes store calls, for as long as it runs."""
 
+_finalizer: Finalize | None = None
+
 
 def start_thread(name: str, target: Callable[..., object], *args: Any, stop: Callable[[], object]) -> None:
     """Start a daemon thread that the end of the process waits for, a short time, having called *stop*."""
+    global _finalizer  # noqa: PLW0603
+    if _finalizer is None or not _finalizer.still_active():
+        # A child of multiprocessing runs no atexit functions, and forgets what its parent, or its import, had registered.
+        _finalizer = Finalize(None, _stop_all, exitpriority=0)
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     _stops[thread] = stop
     thread.start()
@@ -201,7 +212,3 @@ def peek(store: Store, key: str) -> str:
     """
     # A compare_set that cannot match returns the present value, or what was expected.
     return store.compare_set(key, ABSENT, ABSENT).decode()
-
-
-def _nobody(message: Any) -> None:
-    """Take what a job tells that nobody waits for."""
