@@ -1364,3 +1364,38 @@ def test_decorator_under_spawn_works_and_fails_the_program(tmp_path: Path) -> No
     assert ["cleanup of 0"] * 2 + ["cleanup of 1"] * 2 == sorted(result.stdout.splitlines())
     assert "ValueError: body of rank 1" in result.stderr
     assert "process 1 terminated" in result.stderr.lower() or "PeerFailedError" in result.stderr
+
+
+_LIVES = r"""
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from collective_scope import collective_scope
+
+
+def worker(rank, ports):
+    for _ in range(5):
+        if rank == 0:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            ports.put(store.port)
+        else:
+            store = dist.TCPStore("127.0.0.1", ports.get(), wait_for_workers=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        del store
+        for _ in range(200):
+            with collective_scope(name="short", timeout=20.0):
+                pass
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(worker, args=(mp.get_context("spawn").SimpleQueue(),), nprocs=2)
+"""
+
+
+def test_groups_destroyed_after_scopes_without_a_pause_leave_no_line(tmp_path: Path) -> None:
+    """Nobody speaks to a store that is going, so torch has nothing to print."""
+    script = tmp_path / "lives.py"
+    script.write_text(_LIVES)
+    result = run_script(script, timeout=60.0)
+
+    assert "" == result.stdout + result.stderr
