@@ -125,6 +125,21 @@ def test_verdict_any_content_round_trips(verdict: Verdict) -> None:
 
 
 @pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ({}, "scope 'x', 2 of 2 ranks arrived, ok"),
+        ({"outcomes": {1: Outcome("body", "ValueError"), 0: OK}}, "scope 'x', 2 of 2 ranks arrived, failed: 1"),
+        ({"arrived": (1,), "missing": (0,)}, "scope 'x', 1 of 2 ranks arrived, missing: 0"),
+        ({"arrived": (0,), "lost": (1,), "reason": "gone"}, "scope 'x', 1 of 2 ranks arrived, lost: 1"),
+        ({"arrived": (0,), "reason": "rank 1 gave up"}, "scope 'x', 1 of 2 ranks arrived, rank 1 gave up"),
+    ],
+)
+def test_verdict_as_text_is_a_line(what: dict[str, Any], text: str) -> None:
+    """Printed, a verdict says how it went, without the tracebacks it has."""
+    assert text == str(Verdict(**{"scope": "x", "sequence": 0, "world_size": 2, "arrived": (0, 1), **what}))
+
+
+@pytest.mark.parametrize(
     ("error", "name", "message"),
     [
         pytest.param(_TwoArgumentError(3, "words"), f"{__name__}._TwoArgumentError", "3: words", id="two-arguments"),

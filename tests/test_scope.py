@@ -425,7 +425,7 @@ def test_scope_name_defaults_to_file_and_line() -> None:
 
 def test_scope_name_of_another_type_is_refused() -> None:
     """A name is text; anything else is refused at once."""
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"^name must be a text \(got 3\)$"):
         collective_scope(name=3)  # type: ignore[arg-type]
 
 
@@ -513,6 +513,8 @@ def test_scope_times_come_from_argument_or_environment_or_default(
         pytest.param(float("nan"), ValueError, "must be positive and finite (got nan)", id="nan"),
         pytest.param(timedelta(0), ValueError, "must be positive and finite", id="zero-delta"),
         pytest.param("soon", TypeError, "must be seconds as a number, or a timedelta (got 'soon')", id="text"),
+        pytest.param("60", TypeError, "must be seconds as a number, or a timedelta (got '60')", id="digits"),
+        pytest.param(True, TypeError, "must be seconds as a number, or a timedelta (got True)", id="flag"),
         pytest.param([1], TypeError, "must be seconds as a number, or a timedelta (got [1])", id="list"),
     ],
 )

@@ -8,7 +8,9 @@ Collective teardown for parallel test suites.
 
 General layout, each module importing only from those below it:
 
-* ``_scope``, ``_failures``, ``_deadline``: life cycle, teardown, decorator; what surfaces; the end of patience
+* ``_api``: the function that users call
+* ``_scope``, ``_registry``: life cycle, teardown, decorator; what a body registers
+* ``_failures``, ``_deadline``: what surfaces; the end of patience
 * ``_groups``: what may be passed as ``group``; all that is asked of torch
 * ``_barrier``, ``_plain_barrier``: arrive, wait with a real bound, verdict
 * ``_lookout``, ``_watcher``: who looks for missing ranks while this one waits; who answers for this one
@@ -22,8 +24,9 @@ from __future__ import annotations
 from typing import get_type_hints as _get_type_hints
 
 from . import exceptions
+from ._api import collective_scope
 from ._outcome import Outcome, Verdict
-from ._scope import CollectiveScope, collective_scope, current_scope
+from ._scope import CollectiveScope, current_scope
 from .exceptions import (
     BarrierTimeoutError,
     CleanupMismatchError,

@@ -193,6 +193,18 @@ class Verdict:
         """Whether every rank arrived and nothing went wrong anywhere."""
         return self.complete and not self.cleanups and not self.failures
 
+    def __str__(self) -> str:
+        parts = {
+            "failed": self.failures,
+            "missing": self.missing,
+            "lost": self.lost,
+            "at different scopes": self.names,
+            "with different cleanups": self.cleanups,
+        }
+        texts = [f"{what}: {', '.join(map(str, sorted(ranks)))}" for what, ranks in parts.items() if ranks]
+        what = "; ".join(texts) or self.reason or "ok"
+        return f"scope {self.scope!r}, {len(self.arrived)} of {self.world_size} ranks arrived, {what}"
+
     def encode(self) -> str:
         return json.dumps(attrs.asdict(self))
 

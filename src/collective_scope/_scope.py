@@ -6,28 +6,20 @@ import functools
 import gc
 import inspect
 import logging
-import math
-import os
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from contextvars import ContextVar
-from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, ParamSpec, Self, TypeVar
+from typing import Any, Never, ParamSpec, Self, TypeVar
 
 import attrs
 
 from . import _report
-from ._barrier import HEARTBEAT_TIMEOUT_S
-from ._cleanups import Cleanup, CleanupStack, describe
+from ._cleanups import Cleanup, describe
 from ._deadline import Deadline
-from ._failures import Failures, errors_of
+from ._failures import errors_of
 from ._groups import (
-    AnyBarrier,
-    GroupLike,
     alone,
     find_barrier,
     group_barrier,
@@ -36,140 +28,18 @@ from ._groups import (
     synchronize_accelerator,
 )
 from ._outcome import Record, Verdict, shorten, type_name
-from ._plain_barrier import PlainBarrier
+from ._registry import Registry, refuse_without_store
 from ._watcher import Mark, enter, here, leave
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Seconds = float | timedelta
+
+_NO_FUNCTION: Any = None
 
 logger = logging.getLogger("collective_scope")
 
-TIMEOUT_S = 300.0
-FAILURE_TIMEOUT_S = 30.0
-
 _current: ContextVar[CollectiveScope | None] = ContextVar("collective_scope", default=None)
-
-
-def collective_scope(
-    group: GroupLike = None,
-    *,
-    name: str | None = None,
-    cleanups: Iterable[Callable[[], object]] = (),
-    timeout: Seconds | None = None,
-    failure_timeout: Seconds | None = None,
-    heartbeat_timeout: Seconds | None = None,
-    deadline: Seconds | None = None,
-    synchronize: bool = True,
-    lockstep_gc: bool = False,
-    group_barrier: bool = False,
-) -> CollectiveScope:
-    """
-    Run a body on every rank of *group*, clean up, and leave together.
-
-    On exit, whether or not the body raised, each rank
-
-    1. tells its peers at once if it failed, and logs its traceback,
-    2. waits for its accelerator, and runs its cleanups, last registered first, down to the first collective one,
-    3. arrives at the barrier and waits, at most *timeout*, for the verdict of all ranks,
-    4. runs the rest of its cleanups, last registered first, the collective ones in lockstep and only if
-       all ranks agreed on them, and arrives again; without a collective cleanup, 3 was the end of it,
-    5. runs what was registered with `CollectiveScope.after_barrier`,
-    6. returns if every rank arrived and none failed; otherwise raises, like every other rank.
-
-    Collective:
-        Every rank of *group* must go through the same scopes in the same order.
-
-    Args:
-        group:
-            ``None`` (the default group, looked up at entry, or at exit if the
-            body creates it), a ``ProcessGroup``, a ``DeviceMesh`` of one
-            dimension, a ``GroupCoordinator`` as in vLLM and SGLang, an mpi4py
-            communicator, or a function without arguments that returns one of
-            these and is called at entry. On a rank outside of the group, and
-            without torch.distributed, cleanups run and there is no barrier.
-
-        name:
-            What the scope is called in messages; must be the same on all
-            ranks. Default: file and line of the call, or the qualified name of
-            the decorated function.
-
-        cleanups: Local cleanups to begin with, registered in this order.
-
-        timeout:
-            Longest wait at the barrier, in seconds or as ``timedelta``, counted
-            from this rank's arrival. Cleanups are not counted. Default: the
-            environment's ``COLLECTIVE_SCOPE_TIMEOUT``, or 300.
-
-        failure_timeout:
-            Longest wait from the moment at which this rank knows that a rank
-            failed, itself included; and at the entry of a scope, for ranks that
-            missed the barrier of the one before. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
-
-        heartbeat_timeout:
-            A rank on another machine counts as lost when nothing was heard of
-            it for this long, in seconds; on this machine, the system tells.
-            Default: ``COLLECTIVE_SCOPE_HEARTBEAT_TIMEOUT``, or 30.
-
-        deadline:
-            Longest time from entry to exit, in seconds. When it runs out, each
-            rank that is still inside logs where everybody is; one that is not
-            at the barrier then writes its stacks to stderr and ends its process
-            with exit code 124. Default: none.
-
-        synchronize: Whether to wait for the accelerator before the cleanups.
-
-        lockstep_gc:
-            Keep the cyclic garbage collector off in the body and collect once
-            in the teardown, before any cleanup, at the same point on every
-            rank. The frames of a failed body lose their locals. A collection
-            takes about 50 ms in a process that has imported torch.
-
-        group_barrier:
-            After a verdict without failures, also wait for the group's own
-            ``dist.barrier``, at most *timeout*, to prove its communicator in step.
-
-    Returns:
-        A scope to use once, as ``with collective_scope(): ...``, or as a decorator.
-
-    Raises:
-        TypeError: If an argument has a wrong type.
-        ValueError: If a time is not positive and finite.
-
-    Entering or leaving the scope raises:
-
-    * the body's own exception, unchanged, on the rank that raised it;
-    * otherwise the cleanups' error, or an ``ExceptionGroup`` of several;
-    * otherwise `PeerFailedError`, `BarrierTimeoutError`, `PeerLostError`,
-      `ScopeMismatchError` or `CleanupMismatchError`.
-
-    Whatever else went wrong is attached to it, as notes and as the attribute
-    ``collective_scope_errors``. A ``KeyboardInterrupt`` or ``SystemExit`` that
-    arrives during the teardown surfaces before ordinary errors.
-
-    Example:
-        >>> import shutil, tempfile
-        >>> with collective_scope(name="copy") as scope:
-        ...     folder = tempfile.mkdtemp()
-        ...     _ = scope.cleanup(shutil.rmtree, folder)
-        >>> scope.verdict.ok
-        True
-    """
-    caller = sys._getframe(1)  # noqa: SLF001  (documented; what warnings and logging use)
-    return CollectiveScope(
-        group,
-        name=name,
-        where=f"{caller.f_code.co_filename}:{caller.f_lineno}",
-        given=tuple(cleanups),
-        timeout=_seconds("timeout", timeout, TIMEOUT_S),
-        failure_timeout=_seconds("failure_timeout", failure_timeout, FAILURE_TIMEOUT_S),
-        heartbeat_timeout=_seconds("heartbeat_timeout", heartbeat_timeout, HEARTBEAT_TIMEOUT_S),
-        deadline=None if deadline is None else _seconds("deadline", deadline, math.inf),
-        synchronize=synchronize,
-        lockstep_gc=lockstep_gc,
-        group_barrier=group_barrier,
-    )
 
 
 def current_scope() -> CollectiveScope:
@@ -186,8 +56,8 @@ def current_scope() -> CollectiveScope:
     return scope
 
 
-@attrs.define(eq=False, repr=False, on_setattr=attrs.setters.NO_OP)
-class CollectiveScope:
+@attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
+class CollectiveScope(Registry):
     """
     What `collective_scope` returns. Guards one ``with`` block, or any number of calls of a function.
 
@@ -198,204 +68,45 @@ class CollectiveScope:
     """
 
     _group: Any
-    _name: str | None = attrs.field(
-        kw_only=True, validator=attrs.validators.optional(attrs.validators.instance_of(str))
-    )
-    _where: str = attrs.field(kw_only=True)
-    _given: tuple[Callable[[], object], ...] = attrs.field(kw_only=True)
-    _timeout: float = attrs.field(kw_only=True)
-    _failure_timeout: float = attrs.field(kw_only=True)
-    _heartbeat_timeout: float = attrs.field(kw_only=True)
-    _deadline: float | None = attrs.field(kw_only=True)
-    _synchronize: bool = attrs.field(kw_only=True)
-    _lockstep_gc: bool = attrs.field(kw_only=True)
-    _group_barrier: bool = attrs.field(kw_only=True)
+    _is_named: bool
+    """Whether the name was given, so that a decorated function does not give its own."""
+    _given: tuple[Callable[[], object], ...]
+    _timeout: float
+    _failure_timeout: float
+    _heartbeat_timeout: float
+    _deadline: float | None
+    _synchronize: bool
+    _lockstep_gc: bool
+    _group_barrier: bool
 
     verdict: Verdict | None = attrs.field(default=None, init=False)
-    _state: Literal["new", "in the body", "in the teardown", "left"] = attrs.field(default="new", init=False)
-    _cleanups: CleanupStack = attrs.field(factory=CleanupStack, init=False)
-    _after: CleanupStack = attrs.field(factory=CleanupStack, init=False)
-    _held: list[object] = attrs.field(factory=list, init=False)
-    _barrier: AnyBarrier | None = attrs.field(default=None, init=False)
     _kept: Any = attrs.field(default=None, init=False)
     _sequence: int = attrs.field(default=0, init=False)
     _parent: CollectiveScope | None = attrs.field(default=None, init=False)
     _told: BaseException | None = attrs.field(default=None, init=False)
     """What an inner scope raised; it is logged already."""
-    _failures: Failures = attrs.field(init=False)
-    _mark: Mark = attrs.field(init=False)
+    _mark: Mark = attrs.field(default=attrs.Factory(lambda self: Mark(self.name), takes_self=True), init=False)
     _timer: Deadline | None = attrs.field(default=None, init=False)
     _gc_was_enabled: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._failures, self._mark = Failures(self.name), Mark(self.name)
         for fn in self._given:
             self._register(self._cleanups, fn, self._where)
 
     def __repr__(self) -> str:
         return f"<CollectiveScope {self.name!r}, {self._state}, cleanups={len(self._cleanups)}>"
 
-    @property
-    def name(self) -> str:
-        """What the scope is called in messages."""
-        return self._name or os.path.basename(self._where)  # noqa: PTH119  (cheap; there is no path to handle)
-
-    # Registration. Local to this rank.
-
-    def cleanup(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, T]:
-        """
-        Run ``fn(*args, **kwargs)`` on this rank in the teardown, whatever its peers do.
-
-        Registered from a cleanup, it still runs in the same teardown.
-
-        Returns:
-            *fn*, so that it can be used as a decorator.
-
-        Raises:
-            TypeError: If *fn* is not callable.
-            RuntimeError: If the scope has been left.
-        """
-        self._register(self._cleanups, functools.partial(fn, *args, **kwargs) if args or kwargs else fn, _caller())
-        return fn
-
-    def collective_cleanup(
-        self,
-        fn: Callable[..., T],
-        /,
-        *args: Any,
-        name: str | None = None,
-        fingerprint: Callable[[], object] | None = None,
-        **kwargs: Any,
-    ) -> Callable[..., T]:
-        """
-        Run ``fn(*args, **kwargs)`` in the teardown, on all ranks in lockstep or on none.
-
-        It runs after all ranks have arrived and agreed which collective
-        cleanups they have left. One that a rank lacks, or whose fingerprint
-        differs, is skipped on all ranks, which then raise `CleanupMismatchError`.
-
-        Collective:
-            Every rank of the group registers it, in the same order.
-
-        Args:
-            fn: What to run.
-
-            args: Its arguments.
-
-            name: What the ranks compare. Default: the qualified name of *fn*.
-
-            fingerprint:
-                Called when this rank arrives; ranks compare the ``repr`` of
-                what it returns, for example the number of handles to free.
-
-            kwargs: Its keyword arguments, except *name* and *fingerprint*.
-
-        Returns:
-            *fn*, so that it can be used as a decorator.
-
-        Raises:
-            TypeError: If *fn* or *fingerprint* is not callable, or the group has no store to agree over.
-            RuntimeError: If the scope has been left.
-        """
-        if fingerprint is not None and not callable(fingerprint):
-            msg = f"fingerprint must be callable (got {fingerprint!r})"
-            raise TypeError(msg)
-        self._refuse_without_store(self._barrier)
-        call = functools.partial(fn, *args, **kwargs) if args or kwargs else fn
-        self._register(self._cleanups, call, _caller(), name=name, collective=True, fingerprint=fingerprint)
-        return fn
-
-    def after_barrier(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, T]:
-        """
-        Run ``fn(*args, **kwargs)`` on this rank after the barrier, last registered first.
-
-        For what a peer may use until it has arrived: a shared folder, the
-        process group. Runs once on every path. If the barrier did not open,
-        peers may not be through: ask ``scope.verdict.complete``. The peers do
-        not learn of errors raised here.
-
-        Returns:
-            *fn*, so that it can be used as a decorator.
-
-        Raises:
-            TypeError: If *fn* is not callable.
-            RuntimeError: If the scope has been left.
-        """
-        self._register(self._after, functools.partial(fn, *args, **kwargs) if args or kwargs else fn, _caller())
-        return fn
-
-    def enter_context(self, cm: AbstractContextManager[T]) -> T:
-        """
-        Enter *cm* now and leave it in the teardown, like a local cleanup.
-
-        Its ``__exit__`` gets the body's exception. It cannot suppress it: the
-        peers have been told.
-
-        Returns:
-            What ``cm.__enter__()`` returns.
-
-        Raises:
-            TypeError: If *cm* is not a context manager.
-            RuntimeError: If the scope has been left.
-        """
-        if not isinstance(cm, AbstractContextManager):
-            msg = f"enter_context() takes a context manager (got {cm!r})"
-            raise TypeError(msg)
-        self._refuse_if_left()
-        value = cm.__enter__()
-
-        def leave() -> None:
-            error = self._failures.body
-            cm.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
-
-        self._register(self._cleanups, leave, _caller(), name=f"{type(cm).__qualname__}.__exit__")
-        return value
-
-    def hold(self, obj: T) -> T:
-        """
-        Keep *obj* alive until after the barrier, and return it.
-
-        The cure for destructors that are collectives: on no rank does it go
-        before all have arrived. A registered bound method holds its object too.
-
-        Raises:
-            RuntimeError: If the scope has been left.
-        """
-        self._refuse_if_left()
-        self._held.append(obj)
-        return obj
-
-    def _register(
-        self,
-        stack: CleanupStack,
-        call: Callable[[], object],
-        where: str,
-        *,
-        name: str | None = None,
-        collective: bool = False,
-        fingerprint: Callable[[], object] | None = None,
-    ) -> None:
-        if not callable(call):
-            msg = f"a cleanup must be callable (got {call!r})"
-            raise TypeError(msg)
-        self._refuse_if_left()
-        stack.push(Cleanup(call, name or describe(call), where, collective, fingerprint))
-
-    def _refuse_if_left(self) -> None:
-        if self._state == "left":
-            msg = f"scope {self.name!r} has been left; nothing can be registered any more"
-            raise RuntimeError(msg)
-
     # The decorator.
 
-    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
+    def __call__(self, fn: Callable[P, T] = _NO_FUNCTION, /, *others: Never, **named: Never) -> Callable[P, T]:
         """
         Wrap *fn* so that each call runs in a fresh scope like this one.
 
         Raises:
             TypeError: If *fn* is a coroutine function, a generator function, or no function.
         """
-        if not callable(fn):
+        # Of @collective_scope without parentheses, the calls of the function arrive here, whatever its arguments.
+        if not callable(fn) or others or named:
             msg = f"collective_scope() decorates functions (got {fn!r}); did you forget the parentheses?"
             raise TypeError(msg)
         if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
@@ -406,7 +117,7 @@ class CollectiveScope:
                 " before its body runs; use a 'with' block inside it"
             )
             raise TypeError(msg)
-        name = self._name or describe(fn)
+        name = self.name if self._is_named else describe(fn)
 
         @functools.wraps(fn)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -480,7 +191,7 @@ class CollectiveScope:
             return
         barrier, kept = found
         if self._group_barrier or self._cleanups.collective():
-            self._refuse_without_store(barrier)
+            refuse_without_store(barrier)
         self._barrier, self._kept = barrier, kept
         self._sequence = barrier.scopes
         barrier.scopes += 1
@@ -489,12 +200,6 @@ class CollectiveScope:
             # At the bottom of the stack: the last collective thing that the ranks agree on.
             bottom = Cleanup(self._wait_for_group, "dist.barrier of the group", self._where, collective=True)
             self._cleanups.push_under(bottom)
-
-    @staticmethod
-    def _refuse_without_store(barrier: AnyBarrier | None) -> None:
-        if isinstance(barrier, PlainBarrier):
-            msg = "a group that has no store cannot agree on a collective cleanup; use cleanup()"
-            raise TypeError(msg)
 
     def _check_entry(self) -> None:
         """After a round that somebody missed, no body may start before all have left the earlier one."""
@@ -655,29 +360,3 @@ class CollectiveScope:
     def _explain(self) -> str:
         places = self._barrier.survey(self._record("exit")) if self._barrier else {}
         return _report.deadline(self.name, self._deadline or 0.0, here(), places)
-
-
-def _caller() -> str:
-    """Return file and line of the code that called into this module."""
-    frame = sys._getframe(2)  # noqa: SLF001
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _seconds(parameter: str, value: Seconds | None, default: float) -> float:
-    """Return a time in seconds: the argument, or the environment's, or the default."""
-    source = parameter
-    given: object = value
-    if value is None:
-        source = f"COLLECTIVE_SCOPE_{parameter.upper()}"
-        given = os.environ.get(source)
-        if given is None:
-            return default
-    try:
-        seconds = given.total_seconds() if isinstance(given, timedelta) else float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        msg = f"{source} must be seconds as a number, or a timedelta (got {given!r})"
-        raise (TypeError if value is not None else ValueError)(msg) from None
-    if not 0 < seconds < math.inf:
-        msg = f"{source} must be positive and finite (got {given!r})"
-        raise ValueError(msg)
-    return seconds
