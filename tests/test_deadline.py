@@ -124,7 +124,7 @@ def test_process_on_a_system_without_proc_is_seen_by_nobody(monkeypatch: pytest.
 
     assert not process.is_here
     assert process.state() == ""
-    assert not _process.listens_on(1)
+    assert not _process.serves_store(1)
 
 
 def test_group_barrier_of_a_group_of_one_opens() -> None:

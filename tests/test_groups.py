@@ -220,7 +220,7 @@ def test_group_host_of_a_tcp_store_elsewhere_is_taken_for_global_rank_0_or_the_a
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     if variable is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", variable)
-    monkeypatch.setattr(_groups, "listens_on", lambda _: False)
+    monkeypatch.setattr(_groups, "serves_store", lambda _: False)
     store = dist.PrefixStore("a", dist.PrefixStore("b", dist.TCPStore("127.0.0.1", 0, 1, is_master=True)))
 
     assert server == _groups._server(store, ranks, 1)  # noqa: SLF001

@@ -1399,3 +1399,40 @@ def test_groups_destroyed_after_scopes_without_a_pause_leave_no_line(tmp_path: P
     result = run_script(script, timeout=60.0)
 
     assert "" == result.stdout + result.stderr
+
+
+_FORKED = r"""
+import multiprocessing, os, time
+import torch.distributed as dist
+from collective_scope import collective_scope
+
+
+def rank(number):
+    store = dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=2)
+    dist.barrier()
+    start = time.monotonic()
+    for _ in range(3):
+        with collective_scope(timeout=30.0):
+            pass
+    took = time.monotonic() - start
+    os.write(1, b"fast\n" if took < 4.0 else f"{took}\n".encode())  # no wait for a confirmation that does not come
+    dist.destroy_process_group()
+
+
+server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+"""
+
+
+def test_ranks_forked_by_the_process_that_hosts_the_store_do_not_take_themselves_for_it(tmp_path: Path) -> None:
+    """They have inherited its sockets, and leave as fast as other ranks."""
+    script = tmp_path / "forked.py"
+    script.write_text(_FORKED)
+    result = run_script(script, timeout=60.0)
+
+    assert ["fast", "fast"] == result.stdout.split()

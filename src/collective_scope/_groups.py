@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ._barrier import Barrier
 from ._plain_barrier import PlainBarrier
-from ._process import listens_on
+from ._process import serves_store
 from ._watcher import Watcher
 
 
@@ -181,7 +181,7 @@ def _watcher(store: Store, connect: Callable[[], Store]) -> Watcher:
     key = (os.getpid(), base.host, base.port) if isinstance(base, dist.TCPStore) else (os.getpid(), id(base))
     watcher = _watchers.get(key)
     if watcher is None:
-        hosts = isinstance(base, dist.TCPStore) and listens_on(base.port)
+        hosts = isinstance(base, dist.TCPStore) and serves_store(base.port)
         watcher = _watchers[key] = Watcher(connect, store if hosts else None, is_first=dist.get_rank() == 0)
     return watcher
 
@@ -200,7 +200,7 @@ def _server(store: Store, ranks: list[int], rank: int) -> int | None:
     base = _base(store)
     if not isinstance(base, dist.TCPStore):
         return None
-    if listens_on(base.port):
+    if serves_store(base.port):
         return rank
     # torchrun hosts the store in its agent and says so; otherwise it is global rank 0
     # (torch/distributed/rendezvous.py), unless it was made by hand.

@@ -127,8 +127,15 @@ def _of(pid: int) -> Process:
     return Process(socket.gethostname(), pid, int(fields[19]) if fields else 0, machine)
 
 
-def listens_on(port: int) -> bool:
-    """Whether this process serves a TCP port."""
+def serves_store(port: int) -> bool:
+    """Whether the server of a ``TCPStore`` at *port* runs in this process."""
+    # A forked child has its parent's sockets, but nobody who serves them; torch names that thread.
+    names = []
+    for task in Path("/proc/self").glob("task/*/comm"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            names.append(task.read_text())
+    if not any(name.startswith("pt_tcpstore") for name in names):
+        return False
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
