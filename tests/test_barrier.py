@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import re
 import threading
@@ -724,9 +725,13 @@ def test_barrier_deadline_at_which_all_are_here_is_no_timeout_if_the_thread_in_t
     assert [True, True] == [verdict.ok for verdict in values(run_threads(2, run))]
 
 
-def test_barrier_two_that_end_a_round_when_the_last_rank_arrived_and_died_decide_alike() -> None:
+def test_barrier_two_that_end_a_round_when_the_last_rank_arrived_and_died_decide_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The second one, which takes the last rank for lost, waits for the word of the first, for which all had arrived."""
+    monkeypatch.setattr(_protocol, "RECORDS_S", PATIENCE_S / 5)
     store, at_decision, waits = dist.HashStore(), threading.Event(), threading.Event()
+    checks = itertools.count()
 
     def first(method: str, key: str) -> None:
         if method == "set" and key.endswith("/ok"):
@@ -734,7 +739,7 @@ def test_barrier_two_that_end_a_round_when_the_last_rank_arrived_and_died_decide
             assert waits.wait(PATIENCE_S)
 
     def second(method: str, _: str) -> None:
-        if method == "check":
+        if method == "check" and next(checks) == 2:
             waits.set()
 
     mine = Record(0, "exit", "scope", 0)
@@ -754,6 +759,21 @@ def test_barrier_two_that_end_a_round_when_the_last_rank_arrived_and_died_decide
         thread.join(PATIENCE_S)
 
     assert [True, True] == [verdict.ok for verdict in verdicts]
+
+
+def test_barrier_two_that_end_a_spoiled_round_decide_alike() -> None:
+    """The second one finds the verdict of the first, whatever it would have said itself."""
+    store, mine = dist.HashStore(), Record(0, "exit", "scope", 0)
+    protocols = [_protocol.Protocol(rank, 3, None) for rank in range(3)]
+    views = [protocol.join(store) for protocol in protocols]
+    for view in views:
+        view.add(_protocol._count_key(mine), 1)  # noqa: SLF001  (all have arrived)
+    views[2].add(_protocol._count_key(mine), _protocol._SPOILED)  # noqa: SLF001  (one has something to report)
+    first = protocols[0].close(mine, views[0], lost=(2,), is_spoiled=True)
+    second = protocols[1].close(mine, views[1])
+
+    assert (2,) == first.lost
+    assert first == second
 
 
 def test_barrier_lookout_that_is_broken_is_not_silent(thawed: threading.Event) -> None:

@@ -217,6 +217,26 @@ def test_thread_ends_when_nobody_can_ask_it_any_more() -> None:
     assert not worker.is_alive()
 
 
+def test_thread_says_farewell_when_nobody_can_ask_it_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    """At last it removes what is stale, then does what was left to it; a store that is gone is no trouble."""
+    caplog.set_level(logging.DEBUG, "collective_scope")
+    store = _NotingStore()
+    thread = StoreThread(lambda: store)
+
+    def fail(_: dist.Store) -> None:
+        msg = "connection reset"
+        raise RuntimeError(msg)
+
+    thread.farewell.extend([lambda given: given.removed.append("farewell"), fail])  # type: ignore[attr-defined]
+    worker = thread.call(lambda _: Later(threading.current_thread(), ["stale"]), PATIENCE_S)
+    del thread
+    gc.collect()
+    worker.join(PATIENCE_S)
+
+    assert ["stale", "farewell"] == store.removed
+    assert ["the store was gone before it was left: connection reset"] == caplog.messages
+
+
 def test_thread_left_in_a_call_ends_after_it() -> None:
     """A thread that was left behind in a call ends when the call comes back."""
     thread, release = StoreThread(dist.HashStore), threading.Event()
