@@ -799,6 +799,7 @@ FAULTS = (
         alike=False,
         claims={1: 3},
         first=True,
+        store="process",  # rank 0 is through with the next scope a moment before rank 1, and ends
         world_sizes=(2,),
         compare=False,
     ),
