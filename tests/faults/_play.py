@@ -295,10 +295,9 @@ class Actor:
         for rank in self.fault.survivors(self.world_size):
             here().wait_for(f"arriving-{rank}")
 
-    @property
-    def is_released(self) -> bool:
-        """Whether all survivors have given up on the first scope, and have tried the next."""
-        return all(_flag(f"tried-{rank}") for rank in self.fault.survivors(self.world_size))
+    def release_paths(self) -> list[str]:
+        """Return what is there once all survivors have given up on the first scope, and have tried the next."""
+        return [str(_path(f"tried-{rank}")) for rank in self.fault.survivors(self.world_size)]
 
     def wait_for_release(self) -> None:
         """Return when that is so."""
