@@ -17,7 +17,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from multiprocessing.util import Finalize
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -163,15 +162,9 @@ def _say_farewell(jobs: list[Job], store: Store | None) -> None:
 _stops: weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]] = weakref.WeakKeyDictionary()
 """How to end each thread that makes store calls, for as long as it runs."""
 
-_finalizer: Finalize | None = None
-
 
 def start_thread(name: str, target: Callable[..., object], *args: Any, stop: Callable[[], object]) -> None:
     """Start a daemon thread that the end of the process waits for, a short time, having called *stop*."""
-    global _finalizer  # noqa: PLW0603
-    if _finalizer is None or not _finalizer.still_active():
-        # A child of multiprocessing runs no atexit functions, and forgets what its parent, or its import, had registered.
-        _finalizer = Finalize(None, _stop_all, exitpriority=0)
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     _stops[thread] = stop
     thread.start()
