@@ -215,6 +215,12 @@ def test_decorator_without_parentheses_is_an_error_at_the_first_call(misuse: Cal
         misuse(collective_scope(work))
 
 
+def test_decorator_on_a_class_is_refused() -> None:
+    """A class would become a function, and its tests would be gone."""
+    with pytest.raises(TypeError, match=r"decorates functions \(got the class _Method\); decorate its methods$"):
+        collective_scope()(_Method)
+
+
 def test_decorator_on_something_else_asks_for_the_parentheses() -> None:
     """What is no function is refused, with the usual mistake."""
     with pytest.raises(TypeError, match=r"decorates functions \(got 3\); did you forget the parentheses\?$"):

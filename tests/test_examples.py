@@ -56,3 +56,12 @@ def test_straggler_is_located_by_its_peer() -> None:
     assert "in the body of scope 'combine' for 2." in text
     assert "dist.all_reduce(value)" in text
     assert "[rank 1] was freed when its peer left" in text
+
+
+def test_subtests_of_the_readme_pass_and_are_what_it_shows() -> None:
+    """The test that the README shows to be copied is this file, without its first lines, and passes."""
+    run = run_script("-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLES / "test_subtests.py", timeout=120)
+    code = (EXAMPLES / "test_subtests.py").read_text().split('"""\n', 2)[2].strip()
+
+    assert "1 passed" in run.stdout
+    assert f"```python\n{code}\n```" in (EXAMPLES.parent / "README.md").read_text()

@@ -209,6 +209,26 @@ def test_scope_what_cannot_be_called_is_refused_with_arguments_too(register: str
         getattr(collective_scope(), register)(None, 1)
 
 
+async def _never_awaited() -> None:
+    """Do nothing, later."""
+
+
+@pytest.mark.parametrize("method", ["cleanup", "collective_cleanup", "after_barrier"])
+def test_cleanup_that_nobody_would_await_is_refused(method: str) -> None:
+    """A coroutine function would do nothing, and not say so."""
+    with (
+        collective_scope() as scope,
+        pytest.raises(TypeError, match=r"cannot be a coroutine function \(got _never_awaited\)"),
+    ):
+        getattr(scope, method)(_never_awaited)
+
+
+def test_scope_cleanups_that_are_no_list_are_refused() -> None:
+    """One function in place of a list of them is named."""
+    with pytest.raises(TypeError, match=r"^cleanups must be a list of functions \(got <built-in function print>\)$"):
+        collective_scope(cleanups=print)  # type: ignore[arg-type]
+
+
 def test_scope_fingerprint_that_cannot_be_called_is_refused() -> None:
     """A fingerprint is a function: it is asked in the teardown, not at the registration."""
     with pytest.raises(TypeError, match=r"^fingerprint must be callable \(got 3\)$"):

@@ -127,6 +127,9 @@ def collective_scope(
     if name is not None and not isinstance(name, str):
         msg = f"name must be a text (got {name!r})"
         raise TypeError(msg)
+    if callable(cleanups):
+        msg = f"cleanups must be a list of functions (got {cleanups!r})"
+        raise TypeError(msg)
     caller = sys._getframe(1)  # noqa: SLF001  (documented; what warnings and logging use)
     where = f"{caller.f_code.co_filename}:{caller.f_lineno}"
     return CollectiveScope(

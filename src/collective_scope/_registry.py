@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -51,7 +52,7 @@ class Registry:
             *fn*, so that it can be used as a decorator.
 
         Raises:
-            TypeError: If *fn* is not callable.
+            TypeError: If *fn* is not callable, or a coroutine function.
             RuntimeError: If the scope has been left.
         """
         self._register(self._cleanups, functools.partial(fn, *args, **kwargs) if args or kwargs else fn, _caller())
@@ -93,7 +94,8 @@ class Registry:
             *fn*, so that it can be used as a decorator.
 
         Raises:
-            TypeError: If *fn* or *fingerprint* is not callable, or the group has no store to agree over.
+            TypeError: If *fn* or *fingerprint* is not callable, *fn* is a coroutine function,
+                or the group has no store to agree over.
             RuntimeError: If the scope has been left.
         """
         if fingerprint is not None and not callable(fingerprint):
@@ -117,7 +119,7 @@ class Registry:
             *fn*, so that it can be used as a decorator.
 
         Raises:
-            TypeError: If *fn* is not callable.
+            TypeError: If *fn* is not callable, or a coroutine function.
             RuntimeError: If the scope has been left.
         """
         self._register(self._after, functools.partial(fn, *args, **kwargs) if args or kwargs else fn, _caller())
@@ -176,6 +178,9 @@ class Registry:
     ) -> None:
         if not callable(call):
             msg = f"a cleanup must be callable (got {call!r})"
+            raise TypeError(msg)
+        if inspect.iscoroutinefunction(call):
+            msg = f"a cleanup cannot be a coroutine function (got {describe(call)}): nobody would await it"
             raise TypeError(msg)
         self._refuse_if_left()
         stack.push(Cleanup(call, name or describe(call), where, collective, fingerprint))

@@ -103,11 +103,14 @@ class CollectiveScope(Registry):
         Wrap *fn* so that each call runs in a fresh scope like this one.
 
         Raises:
-            TypeError: If *fn* is a coroutine function, a generator function, or no function.
+            TypeError: If *fn* is a class, a coroutine function, a generator function, or no function.
         """
         # Of @collective_scope without parentheses, the calls of the function arrive here, whatever its arguments.
         if not callable(fn) or others or named:
             msg = f"collective_scope() decorates functions (got {fn!r}); did you forget the parentheses?"
+            raise TypeError(msg)
+        if isinstance(fn, type):
+            msg = f"collective_scope() decorates functions (got the class {describe(fn)}); decorate its methods"
             raise TypeError(msg)
         if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             is_async = "" if inspect.isgeneratorfunction(fn) else "async "

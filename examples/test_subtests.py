@@ -1,0 +1,57 @@
+"""
+A test to copy: ranks that stay, and run subtests in a loop, each in a scope.
+
+Run it with ``python -m pytest examples/test_subtests.py``.
+"""
+
+import logging
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from collective_scope import CollectiveScope, collective_scope
+
+
+WORLD_SIZE = 2
+
+
+class Buffer:
+    """Stands for what all ranks make and destroy together, such as DeepEP's buffers."""
+
+    def __init__(self, size: int) -> None:
+        self.value = torch.zeros(size)
+        dist.barrier()
+
+    def destroy(self) -> None:
+        """Free it, together with all peers."""
+        dist.barrier()
+
+
+def subtest(scope: CollectiveScope, size: int) -> None:
+    buffer = scope.hold(Buffer(size))  # alive on every rank until after the barrier
+    scope.collective_cleanup(buffer.destroy, fingerprint=lambda: buffer.value.shape)
+    buffer.value += dist.get_rank() + 1
+    dist.all_reduce(buffer.value)
+    assert buffer.value.eq(3).all()  # after the collectives: a rank that fails strands nobody
+
+
+def worker(rank: int, port: int) -> None:
+    logging.basicConfig(force=True)  # where a failing rank logs its traceback; force, if pytest has forked this process
+    store = dist.TCPStore("127.0.0.1", port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
+    failed = []
+    for size in (10, 1000):
+        try:
+            with collective_scope(name=f"size-{size}", timeout=60) as scope:
+                subtest(scope, size)
+        except Exception as error:  # noqa: BLE001  (on every rank, or on none)
+            failed.append(f"size-{size}: {error!r}")
+    dist.destroy_process_group()
+    assert not failed, "\n".join(failed)
+
+
+def test_subtests() -> None:
+    # The store is served by the parent, which outlives all ranks: one that dies does not take it away.
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(worker, (server.port,), nprocs=WORLD_SIZE)  # when a rank has failed, ends those that are stuck
