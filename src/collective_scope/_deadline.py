@@ -55,7 +55,10 @@ def _expire(stop: threading.Event, seconds: float, is_waiting: Callable[[], bool
     if stop.wait(seconds):
         return
     was_waiting = is_waiting()
-    logger.critical("%s", explain())
+    explanation = explain()
+    if stop.is_set():  # left meanwhile, with an error that says it all
+        return
+    logger.critical("%s", explanation)
     while is_waiting():
         faulthandler.cancel_dump_traceback_later()
         if stop.wait(0.1):
