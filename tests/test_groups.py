@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -366,3 +367,27 @@ def test_group_part_of_the_world_is_told_with_global_ranks(rank_pools: Callable[
     assert texts[0] is None
     assert "no" == texts[2]
     assert texts[1].endswith("(global rank 2) of 2 failed in scope 's': ValueError: no")
+
+
+def test_store_whose_server_is_gone_is_not_asked_for_minutes() -> None:
+    """What nobody listens to is said at once; torch would go on trying."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+    del server
+
+    with pytest.raises(RuntimeError, match=r"^the group's store at 127\.0\.0\.1, port \d+, is gone: "):
+        _groups._clone(lambda: client)  # noqa: SLF001
+
+
+def test_store_that_is_cut_off_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that cannot be reached now may be back before torch gives up."""
+
+    def cut_off(*_: object) -> NoReturn:
+        msg = "no route to host"
+        raise OSError(msg)
+
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(socket, "create_connection", cut_off)
+    _groups._clone(lambda: server).set("key", "value")  # noqa: SLF001
+
+    assert b"value" == server.get("key")

@@ -7,7 +7,9 @@ The only module that knows torch's groups, stores and meshes.
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import socket
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, runtime_checkable
@@ -49,6 +51,11 @@ ACCEPTED = (
     "group must be None, a ProcessGroup, a DeviceMesh of one dimension, an object with cpu_group and device_group"
     " (vLLM, SGLang), an object with Barrier (mpi4py), or a function without arguments that returns one of these"
 )
+
+CONNECT_S = 1.0
+"""How long it takes to see that nobody listens."""
+
+logger = logging.getLogger("collective_scope")
 
 _barriers: weakref.WeakKeyDictionary[ProcessGroup, Barrier] = weakref.WeakKeyDictionary()
 _watchers: weakref.WeakValueDictionary[tuple[object, ...], Watcher] = weakref.WeakValueDictionary()
@@ -191,6 +198,16 @@ def _clone(ref: weakref.ref[Store]) -> Store:
     if store is None:
         msg = "the group's store is gone: the group was destroyed"
         raise RuntimeError(msg)
+    base = _base(store)
+    if isinstance(base, dist.TCPStore):
+        # Of a server that is gone, clone() would ask for minutes, and nothing ends that.
+        try:
+            socket.create_connection((base.host, base.port), CONNECT_S).close()
+        except ConnectionRefusedError as error:
+            msg = f"the group's store at {base.host}, port {base.port}, is gone: {error}"
+            raise RuntimeError(msg) from error
+        except OSError as error:  # cut off, perhaps for a while only: clone() goes on trying
+            logger.debug("the group's store cannot be reached: %s", error)
     # A client of its own: one connection has one lock, which a waiting thread holds.
     return cast("Store", store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
 
