@@ -188,3 +188,20 @@ def test_deadline_of_a_rank_that_leaves_meanwhile_says_nothing(caplog: pytest.Lo
     _deadline._expire(left, 0.01, lambda: True, explain)  # noqa: SLF001  (it would end this process otherwise)
 
     assert [] == caplog.messages
+
+
+def test_process_whose_sockets_cannot_be_seen_serves_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ``/proc/net`` is hidden, nobody is taken for the host of a store."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    read_text = Path.read_text
+
+    def hide(path: Path) -> str:
+        if "net" in path.parts:
+            raise FileNotFoundError
+        return read_text(path)
+
+    assert _process.serves_store(server.port)
+
+    monkeypatch.setattr(Path, "read_text", hide)
+
+    assert not _process.serves_store(server.port)
