@@ -376,7 +376,7 @@ def test_store_whose_server_is_gone_is_not_asked_for_minutes() -> None:
     del server
 
     with pytest.raises(RuntimeError, match=r"^the group's store at 127\.0\.0\.1, port \d+, is gone: "):
-        _groups._clone(lambda: client)  # noqa: SLF001
+        _groups._clone(lambda: client)  # noqa: SLF001  (what every thread connects with)
 
 
 def test_store_that_is_cut_off_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +388,6 @@ def test_store_that_is_cut_off_for_a_moment_is_tried_again(monkeypatch: pytest.M
 
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(socket, "create_connection", cut_off)
-    _groups._clone(lambda: server).set("key", "value")  # noqa: SLF001
+    _groups._clone(lambda: server).set("key", "value")  # noqa: SLF001  (as above)
 
     assert b"value" == server.get("key")

@@ -200,5 +200,5 @@ def refuse_without_store(barrier: AnyBarrier | None) -> None:
 
 def _caller() -> str:
     """Return file and line of the code that called into this module."""
-    frame = sys._getframe(2)  # noqa: SLF001
+    frame = sys._getframe(2)  # noqa: SLF001  (documented; what warnings and logging use)
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -41,7 +41,7 @@ MOST_STALE = 1024
 """More stale keys than this do not wait for such a pause."""
 
 EXIT_S = 5.0
-"""How long the end of the process waits for threads that are in a store call; they come back at once, or never."""
+"""How long the end of the process waits for threads that are in a store call; over a pulled cable, a clone() takes three."""
 
 
 @attrs.frozen
