@@ -132,9 +132,10 @@ def test_submit_reply_says_how_the_job_ended() -> None:
 class _NotingStore(dist.Store):
     """Notes which keys are removed."""
 
-    def __init__(self, fail_at: str = "") -> None:
+    def __init__(self, fail_at: str = "", hold_at: str = "") -> None:
         super().__init__()
-        self.fail_at = fail_at
+        self.fail_at, self.hold_at = fail_at, hold_at
+        self.is_held, self.release = threading.Event(), threading.Event()
         self.removed: list[str] = []
         self.is_done = threading.Event()
 
@@ -143,6 +144,9 @@ class _NotingStore(dist.Store):
             self.is_done.set()
             msg = "connection reset"
             raise RuntimeError(msg)
+        if key == self.hold_at:
+            self.is_held.set()
+            self.release.wait(PATIENCE_S)
         self.removed.append(key)
         if key == "last":
             self.is_done.set()
@@ -171,6 +175,19 @@ def test_stale_keys_give_way_to_jobs() -> None:
 
     assert store.is_done.wait(PATIENCE_S)
     assert ["a job", "last"] == store.removed
+
+
+def test_stale_keys_being_removed_give_way_to_the_next_job() -> None:
+    """A job that comes in the middle waits for one key, not for all of them."""
+    store = _NotingStore(hold_at="second")
+    thread = StoreThread(lambda: store)
+    thread.call(lambda _: Later(None, ["first", "second", "third", "last"]), PATIENCE_S)
+
+    assert store.is_held.wait(PATIENCE_S)
+    thread.submit(lambda given: given.removed.append("a job"))  # type: ignore[attr-defined]
+    store.release.set()
+    assert store.is_done.wait(PATIENCE_S)
+    assert ["first", "second", "a job", "third", "last"] == store.removed
 
 
 def test_stale_keys_without_a_pause_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

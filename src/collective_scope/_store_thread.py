@@ -35,10 +35,10 @@ Item = tuple[Job, SimpleQueue[Any]] | list[Job] | Literal["stop"]
 """What a thread gets: a job and where to reply; or to end, having removed what is stale and done these, or at once."""
 
 IDLE_S = 0.02
-"""Without a job for this long, the thread removes stale keys."""
+"""Without a job for this long, the thread removes stale keys, until the next job comes."""
 
-MOST_STALE = 1024
-"""More stale keys than this do not wait for such a pause."""
+MOST_STALE = 10_000
+"""More stale keys than this, about 2 MB in the store, do not wait for such a pause."""
 
 EXIT_S = 5.0
 """How long the end of the process waits for threads that are in a store call; over a pulled cable, a clone() takes three."""
@@ -111,12 +111,15 @@ class StoreThread:
 def _serve(jobs: SimpleQueue[Item], connect: Callable[[], Store]) -> None:
     store: Store | None = None
     stale: deque[str] = deque()  # of texts, which the garbage collector does not look at
+    pause = IDLE_S
     while True:
         try:
-            item = jobs.get(timeout=IDLE_S if stale else None)
+            item = jobs.get(timeout=pause if stale else None)
         except Empty:
-            _remove(stale, store, len(stale))
+            _remove(stale, store, 1)
+            pause = 0.0
             continue
+        pause = IDLE_S
         if isinstance(item, list):
             _remove(stale, store, len(stale))
             _say_farewell(item, store)
