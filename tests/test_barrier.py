@@ -48,10 +48,11 @@ def _arrive(
     *,
     timeout: float = LONG_S,
     failure_timeout: float = LONG_S,
+    warn_after: float = LONG_S,
     **record: Any,
 ) -> Verdict:
     mine = attrs.evolve(Record(0, "exit", "scope", sequence), **record)
-    return barrier.arrive(mine, timeout=timeout, failure_timeout=failure_timeout)
+    return barrier.arrive(mine, timeout=timeout, failure_timeout=failure_timeout, warn_after=warn_after)
 
 
 def _is_waiting(store: dist.Store, rank: int, world_size: int, *, round_: int = 0, life: int = 0) -> bool:
@@ -367,11 +368,8 @@ def test_barrier_mismatch_is_told_to_ranks_that_come_later_too() -> None:
 # Warnings
 
 
-def test_barrier_long_wait_is_logged_with_names(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_barrier_long_wait_is_logged_with_names(caplog: pytest.LogCaptureFixture) -> None:
     """Long before the deadline, a waiting rank says who is missing; again and again."""
-    monkeypatch.setattr(_lookout, "WARNINGS_S", (0.05, 0.1))
 
     def warnings() -> list[str]:
         return [each for each in caplog.messages if "has waited" in each]
@@ -379,7 +377,7 @@ def test_barrier_long_wait_is_logged_with_names(
     def run(rank: int, barrier: Barrier, _: Sequencer) -> Verdict:
         if rank == 2:
             assert wait_until(lambda: len(warnings()) >= 6)
-        return _arrive(barrier)
+        return _arrive(barrier, warn_after=0.05)
 
     verdicts = meet(3, run)
 
@@ -395,7 +393,6 @@ def test_barrier_long_wait_with_a_store_that_does_not_answer_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thawed: threading.Event
 ) -> None:
     """When the store does not even tell who is missing, the warning says that."""
-    monkeypatch.setattr(_lookout, "WARNINGS_S", (1.0, LONG_S))
     monkeypatch.setattr(_barrier, "GRACE_S", 0.1)
     store = dist.HashStore()
 
@@ -406,7 +403,7 @@ def test_barrier_long_wait_with_a_store_that_does_not_answer_says_so(
     def run(rank: int, store_: dist.HashStore, _: Sequencer) -> Verdict:
         assert store_ is not None
         if rank == 0:
-            return _arrive(barrier_of(hooked, 0, 2))
+            return _arrive(barrier_of(hooked, 0, 2), warn_after=1.0)
         assert wait_until(lambda: bool(caplog.messages))
         thawed.set()
         return _arrive(barrier_of(store, 1, 2))

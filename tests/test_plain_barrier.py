@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -156,6 +157,23 @@ def test_plain_barrier_missing_rank_is_bounded(barriers: list[threading.Barrier]
     assert (1,) == error.missing
     assert str(error).startswith("rank 1 of 2 missing at the exit of scope 's' after 0.")
     assert "any of the ranks named may have been there" in str(error)
+
+
+def test_plain_barrier_long_wait_is_logged_without_names(
+    barriers: list[threading.Barrier], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rank that waits says so again and again, and why it names nobody."""
+
+    def run(rank: int, communicator: _Communicator, _: Sequencer) -> None:
+        if rank == 1:
+            assert wait_until(lambda: len(caplog.messages) >= 4)
+        with collective_scope(communicator, name="plain", warn_after=0.05, timeout=LONG_S):
+            pass
+
+    _meet(2, run, barriers)
+
+    said = r"rank 0 has waited \d s in scope 'plain'; the group has no store, so nobody can be named"
+    assert all(re.fullmatch(said, each) for each in caplog.messages)
 
 
 def test_plain_barrier_after_a_missed_round_refuses_a_body(barriers: list[threading.Barrier]) -> None:

@@ -388,6 +388,36 @@ def test_failure_of_the_last_rank_reaches_waiting_peers_at_once(pool: str, run: 
     assert all(left.at - raised_at < _AT_ONCE_S for left, _ in peers)
 
 
+def _time_out_in_a_collective(rank: int, world_size: int) -> Left:  # noqa: ARG001
+    group = dist.new_group(timeout=timedelta(seconds=0.5))  # a pair that timed out stays closed
+
+    def body(_: CollectiveScope) -> None:
+        if rank == 1:
+            _raise(ValueError("the cause"))
+        if rank == 0:
+            dist.recv(torch.ones(1), src=1, group=group)
+
+    left = _leave(collective_scope(name="failing", timeout=_LONG_S), body)
+    dist.destroy_process_group(group)
+    return left
+
+
+def test_failure_whose_peer_times_out_in_a_collective_is_told_as_the_cause(run: Run) -> None:
+    """The rank that failed comes first; what the collective of its peer then raised is marked as a consequence."""
+    timed_out, cause, *healthy = run("4", _time_out_in_a_collective)
+
+    assert timed_out.is_own
+    assert cause.is_own
+    assert ["PeerFailedError"] * 2 == [left.surfaced for left in healthy]
+    for left in healthy:
+        first, told, consequence, ok, *_ = left.text.splitlines()
+        assert "ranks 0 and 1 of 4 failed in scope 'failing', rank 1 first: ValueError: the cause" == first
+        assert "  arrived:  1 (body failed: ValueError: the cause)" == told
+        assert consequence.startswith("            0 (body failed: ")
+        assert consequence.endswith("; likely a consequence)")
+        assert "            2, 3 (ok)" == ok
+
+
 # The store
 
 

@@ -64,6 +64,76 @@ def test_peers_failed_later_errors_of_a_rank_follow_its_first() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        # What torch 2.13 and 2.11, gloo, NCCL and UCX say when a peer is gone or has given up.
+        pytest.param(
+            "RuntimeError", "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1", id="gloo"
+        ),
+        pytest.param("RuntimeError", "Read error [127.0.0.1]:1: Connection reset by peer", id="gloo-reset"),
+        pytest.param("RuntimeError", "Timed out waiting 1800000ms for recv operation to complete", id="gloo-timeout"),
+        pytest.param(
+            "torch.distributed.DistBackendError",
+            "NCCL error: remote process exited or there was a network error",
+            id="nccl",
+        ),
+        pytest.param("torch.distributed.DistBackendError", "NCCL communicator was aborted on rank 1", id="nccl-abort"),
+        pytest.param(
+            "torch.distributed.DistNetworkError",
+            "failed to recv, got 0 bytes. Connection was likely closed",
+            id="store",
+        ),
+        pytest.param("BrokenPipeError", "[Errno 32] Broken pipe", id="pipe"),
+        pytest.param("queue.Empty", "timeout", id="queue"),
+        pytest.param("mpi4py.MPI.Exception", "MPIX_ERR_REVOKED: Communication object revoked", id="mpi"),
+        pytest.param("collective_scope.exceptions.PeerFailedError", "rank 1 of 2 failed", id="inner-scope"),
+    ],
+)
+def test_peers_failed_error_after_the_first_that_speaks_of_a_peer_is_likely_a_consequence(
+    kind: str, message: str
+) -> None:
+    """Cause before consequence: the first failure is never marked, a later one is where its words are those of a lost peer."""
+    outcomes = {
+        0: Outcome("body", kind, message, "", 2),
+        1: Outcome("body", kind, message, "", 1),
+        2: Outcome("body", "ValueError", "my own", "", 3),
+        3: Outcome("body", "AssertionError", "assert 'Timed out' in text", "", 4),
+    }
+    lines = _report.peers_failed(Verdict("ep4", 0, 4, outcomes=outcomes)).splitlines()
+
+    assert [
+        f"  arrived:  1 (body failed: {kind}: {message})",
+        f"            0 (body failed: {kind}: {message}; likely a consequence)",
+        "            2 (body failed: ValueError: my own)",
+        "            3 (body failed: AssertionError: assert 'Timed out' in text)",
+    ] == lines[1:5]
+
+
+def test_lost_rank_makes_the_first_failure_likely_a_consequence() -> None:
+    """When a process is gone, what its peers say of closed connections came after that."""
+    outcomes = {0: Outcome("body", "RuntimeError", "Connection closed by peer", "", 1), 2: _failed("my own", order=2)}
+    lines = _report.lost(Verdict("ep4", 0, 3, outcomes=outcomes, lost=[1], timeout=0.2)).splitlines()
+
+    assert [
+        "  arrived:  0 (body failed: RuntimeError: Connection closed by peer; likely a consequence)",
+        "            2 (body failed: ValueError: my own)",
+    ] == lines[1:3]
+
+
+def test_peers_failed_equal_errors_of_many_ranks_share_a_line() -> None:
+    """A hundred ranks that failed alike are one line, consequences too."""
+    outcomes = {0: _failed("the cause")} | {
+        rank: Outcome("body", "RuntimeError", "Connection closed by peer", "", 1 + rank) for rank in range(1, 100)
+    }
+    lines = _report.peers_failed(Verdict("ep4", 0, 100, outcomes=outcomes)).splitlines()
+
+    assert [
+        "  arrived:  0 (body failed: ValueError: the cause)",
+        "            1-99 (body failed: RuntimeError: Connection closed by peer; likely a consequence)",
+    ] == lines[1:3]
+
+
 def test_peers_failed_before_the_round_was_full_gives_the_reason() -> None:
     """A round that was ended for a reason says so beside the failure."""
     verdict = Verdict("ep4", 0, 2, outcomes={1: _failed()}, reason="rank 1 stopped waiting at the barrier")
@@ -282,6 +352,6 @@ def test_waiting_rank_names_whom_it_waits_for(missing: list[int], who: str) -> N
 
 def test_waiting_blindly_says_why_nobody_is_named() -> None:
     """Without an answer from the store, a soft warning says that instead of names."""
-    text = _report.waiting_blindly("ep4", 0, 10.2)
+    text = _report.waiting_blindly("ep4", 0, 10.2, "the store does not answer")
 
     assert text == "rank 0 has waited 10 s in scope 'ep4'; the store does not answer, so nobody can be named"

@@ -477,8 +477,8 @@ class _Times:
     def greet(self) -> None:
         """Have no peers."""
 
-    def arrive(self, mine: Record, *, timeout: float, failure_timeout: float, heartbeat_timeout: float) -> Verdict:
-        self.seen = (timeout, failure_timeout, heartbeat_timeout)
+    def arrive(self, mine: Record, **times: float) -> Verdict:
+        self.seen = tuple(times[name] for name in ("timeout", "failure_timeout", "heartbeat_timeout", "warn_after"))
         return Verdict(mine.scope, mine.sequence, 1, mine.stage)
 
 
@@ -493,19 +493,29 @@ def _times(monkeypatch: pytest.MonkeyPatch, **times: Any) -> tuple[float, ...] |
 @pytest.mark.parametrize(
     ("arguments", "environment", "expected"),
     [
-        pytest.param({}, {}, (300.0, 30.0, 30.0), id="default"),
-        pytest.param({"timeout": 2, "failure_timeout": 1.5, "heartbeat_timeout": 4}, {}, (2.0, 1.5, 4.0), id="numbers"),
+        pytest.param({}, {}, (300.0, 30.0, 30.0, 10.0), id="default"),
+        pytest.param(
+            {"timeout": 2, "failure_timeout": 1.5, "heartbeat_timeout": 4, "warn_after": 1},
+            {},
+            (2.0, 1.5, 4.0, 1.0),
+            id="numbers",
+        ),
         pytest.param(
             {"timeout": timedelta(minutes=1), "failure_timeout": timedelta(milliseconds=5)},
             {},
-            (60.0, 0.005, 30.0),
+            (60.0, 0.005, 30.0, 10.0),
             id="delta",
         ),
         pytest.param(
-            {}, {"TIMEOUT": "7.5", "FAILURE_TIMEOUT": "3", "HEARTBEAT_TIMEOUT": "9"}, (7.5, 3.0, 9.0), id="environment"
+            {},
+            {"TIMEOUT": "7.5", "FAILURE_TIMEOUT": "3", "HEARTBEAT_TIMEOUT": "9", "WARN_AFTER": "4"},
+            (7.5, 3.0, 9.0, 4.0),
+            id="environment",
         ),
-        pytest.param({}, {"TIMEOUT": "7.5"}, (7.5, 30.0, 30.0), id="environment-of-one"),
-        pytest.param({"timeout": 2}, {"TIMEOUT": "7.5", "FAILURE_TIMEOUT": "3"}, (2.0, 3.0, 30.0), id="argument-first"),
+        pytest.param({}, {"TIMEOUT": "7.5"}, (7.5, 30.0, 30.0, 10.0), id="environment-of-one"),
+        pytest.param(
+            {"timeout": 2}, {"TIMEOUT": "7.5", "FAILURE_TIMEOUT": "3"}, (2.0, 3.0, 30.0, 10.0), id="argument-first"
+        ),
     ],
 )
 def test_scope_times_come_from_argument_or_environment_or_default(
@@ -515,7 +525,7 @@ def test_scope_times_come_from_argument_or_environment_or_default(
     expected: tuple[float, ...],
 ) -> None:
     """An argument counts before the environment, and that before the default."""
-    for name in ("TIMEOUT", "FAILURE_TIMEOUT", "HEARTBEAT_TIMEOUT"):
+    for name in ("TIMEOUT", "FAILURE_TIMEOUT", "HEARTBEAT_TIMEOUT", "WARN_AFTER"):
         monkeypatch.delenv(f"COLLECTIVE_SCOPE_{name}", raising=False)
         if name in environment:
             monkeypatch.setenv(f"COLLECTIVE_SCOPE_{name}", environment[name])
@@ -523,7 +533,7 @@ def test_scope_times_come_from_argument_or_environment_or_default(
     assert expected == _times(monkeypatch, **arguments)
 
 
-@pytest.mark.parametrize("parameter", ["timeout", "failure_timeout", "heartbeat_timeout", "deadline"])
+@pytest.mark.parametrize("parameter", ["timeout", "failure_timeout", "heartbeat_timeout", "warn_after", "deadline"])
 @pytest.mark.parametrize(
     ("value", "error", "rule"),
     [

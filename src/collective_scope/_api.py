@@ -11,6 +11,7 @@ from numbers import Real
 
 from ._barrier import HEARTBEAT_TIMEOUT_S
 from ._groups import GroupLike
+from ._lookout import WARN_AFTER_S
 from ._scope import CollectiveScope
 
 
@@ -28,6 +29,7 @@ def collective_scope(
     timeout: Seconds | None = None,
     failure_timeout: Seconds | None = None,
     heartbeat_timeout: Seconds | None = None,
+    warn_after: Seconds | None = None,
     deadline: Seconds | None = None,
     synchronize: bool = True,
     lockstep_gc: bool = False,
@@ -79,6 +81,11 @@ def collective_scope(
             A rank on another machine counts as lost when nothing was heard of
             it for this long, in seconds; on this machine, the system tells.
             Default: ``COLLECTIVE_SCOPE_HEARTBEAT_TIMEOUT``, or 30.
+
+        warn_after:
+            When a rank that waits at the barrier first logs who is missing and
+            where, in seconds; then at 3, 6 and 12 times that, and again every
+            12 times. Default: ``COLLECTIVE_SCOPE_WARN_AFTER``, or 10.
 
         deadline:
             Longest time from entry to exit, in seconds. When it runs out, each
@@ -141,6 +148,7 @@ def collective_scope(
         timeout=_seconds("timeout", timeout, TIMEOUT_S),
         failure_timeout=_seconds("failure_timeout", failure_timeout, FAILURE_TIMEOUT_S),
         heartbeat_timeout=_seconds("heartbeat_timeout", heartbeat_timeout, HEARTBEAT_TIMEOUT_S),
+        warn_after=_seconds("warn_after", warn_after, WARN_AFTER_S),
         deadline=None if deadline is None else _seconds("deadline", deadline, math.inf),
         synchronize=synchronize,
         lockstep_gc=lockstep_gc,

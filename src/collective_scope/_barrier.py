@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from . import _report
-from ._lookout import CHECK_S, CLOSED, LINGER_S, Lookout, warning_times
+from ._lookout import CHECK_S, CLOSED, LINGER_S, WARN_AFTER_S, Lookout, warning_times
 from ._outcome import Outcome, Record, Verdict, judge
 from ._process import NOBODY, Place, Process, me
 from ._protocol import Protocol, Wait
@@ -74,7 +74,13 @@ class Barrier:
         self._protocol = Protocol(self.rank, self.world_size, self.server)
 
     def arrive(
-        self, mine: Record, *, timeout: float, failure_timeout: float, heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S
+        self,
+        mine: Record,
+        *,
+        timeout: float,
+        failure_timeout: float,
+        heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S,
+        warn_after: float = WARN_AFTER_S,
     ) -> Verdict:
         """
         Tell the peers *mine* and wait for the verdict, the same on every rank.
@@ -87,6 +93,7 @@ class Barrier:
             timeout: Longest wait in seconds, counted from now.
             failure_timeout: Longest wait in seconds from the moment at which this rank learns of a failure.
             heartbeat_timeout: Seconds without a heartbeat after which a rank on another machine counts as lost.
+            warn_after: Seconds until this rank first logs whom it waits for.
         """
         mine = self._mine(mine)
         self._round += 1
@@ -104,7 +111,9 @@ class Barrier:
                 verdict = cast("Verdict", reply.value)  # as fast as this if all are here
             else:
                 deadline = start + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
-                lookout = Lookout(self._protocol, mine, wait, start, deadline, failure_timeout, heartbeat_timeout)
+                lookout = Lookout(
+                    self._protocol, mine, wait, start, deadline, failure_timeout, heartbeat_timeout, warn_after
+                )
                 verdict = self._await(replies, reply, lookout) or self._read_elsewhere(lookout)
         except BaseException as interrupt:
             # A signal. The peers must not be told later that this rank left in peace.
@@ -143,7 +152,7 @@ class Barrier:
 
     def survey(self, mine: Record) -> dict[int, Place]:
         """Return where the other ranks are, as far as that can be said within a second or two."""
-        lookout = Lookout(self._protocol, mine, Wait(), time.monotonic(), 0.0, 0.0, math.inf)
+        lookout = Lookout(self._protocol, mine, Wait(), time.monotonic(), 0.0, 0.0, math.inf, math.inf)
         try:
             places: dict[int, Place] = self._new_thread().call(lookout.survey, 2 * GRACE_S)
         except (TimeoutError, RuntimeError) as error:
@@ -179,7 +188,7 @@ class Barrier:
         if reply is None:
             self._helper = self._helper or self._new_thread()
             self._helper.submit(functools.partial(lookout.run, replies))
-        warnings = warning_times(lookout.start)
+        warnings = warning_times(lookout.start, lookout.warn_after)
         warn_at = next(warnings)
         while not isinstance(reply, Done | Failed):
             if reply == CLOSED:
@@ -206,7 +215,7 @@ class Barrier:
         self._thread, self._helper = self._helper, None
         now, wait = time.monotonic(), Wait()
         wait.claim()  # the peers know already
-        second = Lookout(self._protocol, lookout.mine, wait, now, now, 0.0, lookout.heartbeat_timeout)
+        second = attrs.evolve(lookout, wait=wait, start=now, deadline=now, failure_timeout=0.0)
         second.decided = lookout.decided
         replies = self._ask(functools.partial(self._protocol.read, lookout.mine, wait))
         try:
@@ -220,7 +229,8 @@ class Barrier:
         # As long as the store answers, the lookout warns, and names names.
         if at > lookout.looked_at + GRACE_S:
             waited = time.monotonic() - lookout.start
-            logger.warning("%s", _report.waiting_blindly(lookout.mine.scope, self.rank, waited))
+            why = "the store does not answer"
+            logger.warning("%s", _report.waiting_blindly(lookout.mine.scope, self.rank, waited, why))
 
     def _without_store(self, lookout: Lookout, error: Exception) -> Verdict:
         """Choose what to go by when the thread in the store does not come back with a verdict."""

@@ -6,6 +6,7 @@ Runs on a `StoreThread` of its own, beside the one that waits in the store.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -48,8 +49,8 @@ LINGER_S = 5.0
 GONE_LINGER_S = 0.5
 """The same, when a peer has ended: it may have confirmed, and another may be about to."""
 
-WARNINGS_S = (10.0, 30.0, 60.0, 120.0)
-"""When a waiting rank logs who is missing; then again every `WARNINGS_S[-1]` seconds."""
+WARN_AFTER_S = 10.0
+"""When a waiting rank first logs who is missing; see `warning_times`."""
 
 
 @attrs.define(eq=False)
@@ -65,6 +66,7 @@ class Lookout:
         deadline: When the wait ends, on the same clock; may be moved while it runs.
         failure_timeout: Longest wait in seconds from the moment at which a failure is known.
         heartbeat_timeout: Seconds without a heartbeat after which a rank on another machine counts as lost.
+        warn_after: Seconds until the first warning.
     """
 
     protocol: Protocol
@@ -74,6 +76,7 @@ class Lookout:
     deadline: float
     failure_timeout: float
     heartbeat_timeout: float
+    warn_after: float
     decided: Verdict | None = attrs.field(default=None, init=False)
     """The verdict, if it was this lookout that ended the wait."""
     decided_at: float = attrs.field(default=0.0, init=False)
@@ -103,7 +106,7 @@ class Lookout:
         if self.mine.outcome.ok and not self.over:
             # Who arrived in peace has told nobody so far.
             store.set(f"rank/{self.protocol.rank}", self.mine.encode())
-        warnings = warning_times(self.start)
+        warnings = warning_times(self.start, self.warn_after)
         warn_at = next(warnings)
         while not self.over:
             self.looked_at = now = time.monotonic()
@@ -247,8 +250,7 @@ class Lookout:
         return places
 
 
-def warning_times(start: float) -> Iterator[float]:
-    yield from (start + after for after in WARNINGS_S)
-    while True:
-        start += WARNINGS_S[-1]
-        yield start + WARNINGS_S[-1]
+def warning_times(start: float, after: float) -> Iterator[float]:
+    """Return when a rank that waits since *start* logs who is missing: after 10, 30, 60, 120, 240, 360, ... seconds."""
+    yield from (start + after, start + 3 * after, start + 6 * after)
+    yield from itertools.count(start + 12 * after, 12 * after)

@@ -9,11 +9,14 @@ need an agreement, are refused.
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from . import _report
+from ._lookout import WARN_AFTER_S, warning_times
 from ._outcome import Record, Verdict
 from ._store_thread import Failed, StoreThread
 
@@ -21,6 +24,8 @@ from ._store_thread import Failed, StoreThread
 if TYPE_CHECKING:
     from ._groups import Communicator
     from ._process import Place
+
+logger = logging.getLogger("collective_scope")
 
 
 class PlainBarrier:
@@ -41,22 +46,29 @@ class PlainBarrier:
         self._entered: SimpleQueue[Any] | None = None
 
     def arrive(
-        self, mine: Record, *, timeout: float, failure_timeout: float, heartbeat_timeout: float = 0.0
+        self,
+        mine: Record,
+        *,
+        timeout: float,
+        failure_timeout: float,
+        heartbeat_timeout: float = 0.0,
+        warn_after: float = WARN_AFTER_S,
     ) -> Verdict:
         """Wait for all ranks, as `Barrier.arrive` does; the verdict knows of no other rank."""
         del heartbeat_timeout  # nobody's heart can be heard
         start = time.monotonic()
-        limit = timeout if mine.outcome.ok else min(timeout, failure_timeout)
+        limit = start + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
+        wait = functools.partial(self._left, mine.scope, start, limit, warn_after)
         self.in_step = False
         # The barrier of an earlier scope may still hold the thread. When it opens, all have left that
         # scope; and each rank must go through as many of them as its peers, so at an entry that is all.
-        if self._entered is not None and not self._left(limit):
+        if self._entered is not None and not wait():
             return self._timed_out(mine, time.monotonic() - start)
         if mine.stage != "entry":
             if self._thread is None:
                 self._thread = StoreThread(lambda: None)  # type: ignore[arg-type, return-value]  # no store
             self._entered = self._thread.submit(lambda _: self._communicator.Barrier())
-            if not self._left(limit - (time.monotonic() - start)):
+            if not wait():
                 return self._timed_out(mine, time.monotonic() - start)
         self.in_step = True
         return Verdict(mine.scope, mine.sequence, self.world_size, mine.stage, {self.rank: mine.outcome}, [self.rank])
@@ -71,12 +83,19 @@ class PlainBarrier:
         """Nobody can be asked."""
         return {}
 
-    def _left(self, limit: float) -> bool:
+    def _left(self, scope: str, start: float, limit: float, warn_after: float) -> bool:
         assert self._entered is not None  # noqa: S101  (for the type checker)
-        try:
-            last = self._entered.get(timeout=max(0.0, limit))
-        except Empty:
-            return False
+        warnings = warning_times(start, warn_after)
+        while True:
+            until = min(limit, next(warnings))
+            try:
+                last = self._entered.get(timeout=max(0.0, until - time.monotonic()))
+                break
+            except Empty:
+                if until == limit:
+                    return False
+                waited = time.monotonic() - start
+                logger.warning("%s", _report.waiting_blindly(scope, self.rank, waited, "the group has no store"))
         self._entered = None
         if isinstance(last, Failed):
             raise last.error

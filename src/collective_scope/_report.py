@@ -8,6 +8,7 @@ follow, indented. Guesses are in sentences that say so.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,13 @@ MISMATCH_ADVICE = (
     "All ranks of a group must go through the same scopes in the same order. Usual causes: a scope under a\n"
     "  condition that differs between ranks, a loop that is shorter on one rank, an error caught on one rank only."
 )
+
+_CONSEQUENCE = re.compile(
+    r"connection (was |is |likely )*(closed|reset|refused|aborted)|broken pipe|timed? ?out|revoked"
+    r"|closed by (peer|remote)|remote (process|peer|error)|abort(ed|ing)|Peer(Failed|Lost)Error",
+    re.IGNORECASE,
+)
+"""What a rank raises because another has failed or is gone, in the words of gloo, NCCL, UCX, MPI and this library."""
 
 NO_STORE = "The group has a barrier but no store, so any of the ranks named may have been there."
 
@@ -149,11 +157,9 @@ def waiting(verdict: Verdict, rank: int, waited: float) -> str:
     return "\n".join([head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")])
 
 
-def waiting_blindly(scope: str, rank: int, waited: float) -> str:
-    """Say that the store does not tell who is not here yet."""
-    return (
-        f"rank {rank} has waited {waited:.0f} s in scope {scope!r}; the store does not answer, so nobody can be named"
-    )
+def waiting_blindly(scope: str, rank: int, waited: float, why: str) -> str:
+    """Say that nobody tells who is not here yet."""
+    return f"rank {rank} has waited {waited:.0f} s in scope {scope!r}; {why}, so nobody can be named"
 
 
 def _at(verdict: Verdict) -> str:
@@ -187,12 +193,25 @@ def _numbers(ranks: Iterable[int]) -> str:
 
 def _outcomes(verdict: Verdict) -> list[str]:
     """List what arrived ranks say of themselves, the failure published first at the top."""
-    told = {rank: str(outcome) for rank, outcome in _by_order(verdict.outcomes) if rank not in verdict.missing}
-    for rank, outcome in verdict.outcomes.items():
-        if outcome.also and rank in told:
+    failures = _by_order(verdict.failures)
+    # Of a rank that is gone, even the first failure is likely a consequence.
+    later = [rank for rank, _ in (failures if verdict.lost else failures[1:])]
+    told: dict[int, str] = {}
+    for rank, outcome in _by_order(verdict.outcomes):
+        told[rank] = str(outcome)
+        if rank in later and _is_like_a_consequence(outcome):
+            told[rank] += "; likely a consequence"
+        if outcome.also:
             told[rank] += f"; then {'; '.join(outcome.also)}"
-    failed = {rank: str(o) for rank, o in _by_order(verdict.failures) if rank in verdict.missing}
-    return _grouped(told, "arrived:") + _grouped(failed, "told:   ")
+    arrived = {rank: text for rank, text in told.items() if rank not in verdict.missing}
+    failed = {rank: told[rank] for rank, _ in failures if rank in verdict.missing}
+    return _grouped(arrived, "arrived:") + _grouped(failed, "told:   ")
+
+
+def _is_like_a_consequence(outcome: Outcome) -> bool:
+    # What a test asserts is about itself, also where it speaks of timeouts.
+    words = _CONSEQUENCE.search(f"{outcome.type_name}: {outcome.message}")
+    return words is not None and outcome.type_name != "AssertionError"
 
 
 def _places(verdict: Verdict, ranks: Iterable[int], title: str) -> list[str]:

@@ -74,6 +74,7 @@ class CollectiveScope(Registry):
     _timeout: float
     _failure_timeout: float
     _heartbeat_timeout: float
+    _warn_after: float
     _deadline: float | None
     _synchronize: bool
     _lockstep_gc: bool
@@ -315,6 +316,7 @@ class CollectiveScope(Registry):
             timeout=timeout,
             failure_timeout=self._failure_timeout,
             heartbeat_timeout=self._heartbeat_timeout,
+            warn_after=self._warn_after,
         )
 
     def _record(self, stage: str, cleanups: tuple[tuple[str, str], ...] = ()) -> Record:

@@ -77,7 +77,7 @@ def groups(group: dist.ProcessGroup, mesh: dist.DeviceMesh) -> None:
 
 def options() -> None:
     """Take times in either form, and cleanups as any iterable."""
-    collective_scope(name="s", timeout=3, failure_timeout=1.5)
+    collective_scope(name="s", timeout=3, failure_timeout=1.5, warn_after=0.5)
     collective_scope(timeout=timedelta(seconds=3), failure_timeout=None, name=None)
     collective_scope(cleanups=[Buffer().destroy, lambda: 3], synchronize=False, lockstep_gc=True, group_barrier=True)
     collective_scope(timeout="3")  # type: ignore[arg-type]
