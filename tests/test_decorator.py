@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from collective_scope import CollectiveScope, collective_scope, current_scope
+from tests.ranks import run_script
 
 
 _scopes: list[CollectiveScope] = []
@@ -236,3 +237,36 @@ def test_decorator_scope_itself_can_still_be_used_as_a_block() -> None:
 
     assert scope.verdict is not None
     assert scope.verdict.ok
+
+
+_FAILING_TEST = """
+from collective_scope import collective_scope, current_scope
+
+def broken():
+    raise ValueError("in a cleanup")
+
+@collective_scope()
+def worker():
+    current_scope().cleanup(broken)
+
+def test_worker():
+    worker()
+"""
+
+
+def test_pytest_shows_the_users_lines_only(tmp_path: Path) -> None:
+    """In a failure under pytest, the call and what raised follow each other, without frames of the scope between them."""
+    path = tmp_path / "test_worker.py"
+    path.write_text(_FAILING_TEST)
+
+    result = run_script(
+        "-m", "pytest", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider", path, expect_exit=1
+    )
+
+    assert [
+        "test_worker.py:12: in test_worker",
+        "    worker()",
+        "test_worker.py:5: in broken",
+        '    raise ValueError("in a cleanup")',
+        "E   ValueError: in a cleanup",
+    ] == [line.rpartition("/")[2] for line in result.stdout.splitlines() if "    " in line or " in " in line][:5]

@@ -39,6 +39,9 @@ _NO_FUNCTION: Any = None
 
 logger = logging.getLogger("collective_scope")
 
+__tracebackhide__ = True
+"""Where pytest leaves frames out: between the line with the scope and the line that failed, these tell nothing."""
+
 _current: ContextVar[CollectiveScope | None] = ContextVar("collective_scope", default=None)
 
 
