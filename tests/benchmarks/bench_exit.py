@@ -3,7 +3,9 @@ What leaving a scope costs, as a ratio against what people do today.
 
 Measured interleaved in the same processes: an empty scope, a bare
 ``dist.barrier()``, and ``dist.barrier()`` plus ``all_gather_object`` of an
-outcome (the usual way to agree). Medians over batches, of the slowest rank.
+outcome (the usual way to agree). Beside them, what no barrier over a store can
+go below: the two calls, ``add`` and ``wait`` or ``set``, made on the main
+thread, where nothing bounds them. Medians over batches, of the slowest rank.
 The store is hosted by rank 0, as after a plain ``init_process_group``, or by a
 process that is no rank, as under torchrun.
 
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import attrs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -35,6 +38,23 @@ def barrier_and_gather() -> None:
     dist.barrier()
     outcomes: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (dist.get_rank(), "ok", None))
+
+
+@attrs.define
+class StoreCalls:
+    """The least that a barrier over a store does: nothing is told, bounded, confirmed or removed."""
+
+    store: dist.Store
+    rounds: int = 0
+
+    def __call__(self) -> None:
+        """Wait for all ranks, once."""
+        self.rounds += 1
+        key = f"bench/{self.rounds}"
+        if self.store.add(key, 1) == dist.get_world_size():
+            self.store.set(f"{key}/ok", "")
+        else:
+            self.store.wait([f"{key}/ok"])
 
 
 CASES: dict[str, tuple[Callable[[], object], int]] = {
@@ -58,9 +78,10 @@ def measure(rank: int, world_size: int, host: str, port: int, batches: int) -> N
     if "nccl" in backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    taken: dict[str, list[float]] = {name: [] for name in CASES}
+    cases = CASES | {"two store calls": (StoreCalls(store), 20)}
+    taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(batches):
-        for name, (call, repeats) in CASES.items():
+        for name, (call, repeats) in cases.items():
             dist.barrier()
             start = time.perf_counter()
             for _ in range(repeats):
