@@ -908,11 +908,11 @@ def run_torchrun(
 
 @contextlib.contextmanager
 def busy_cores(count: int | None = None) -> Iterator[None]:
-    """Keep *count* cores busy during the block; by default all of them."""
+    """Keep *count* cores busy during the block; by default all that this process may use."""
     code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for _ in range(count or os.cpu_count() or 1):
+        for _ in range(count or len(os.sched_getaffinity(0))):
             command = [sys.executable, "-I", "-S", "-c", code]
             processes.append(subprocess.Popen(command, start_new_session=True))
         yield
