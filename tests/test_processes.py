@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import attrs
 import pytest
@@ -515,6 +516,7 @@ def _lose_store(rank: int, world_size: int, waits: int | None) -> Left:  # noqa:
             _meet("killed")
 
     first = _leave_next()  # Has the scope connect to the store while there is one.
+    _meet("connected")
     left = _leave(collective_scope(name="killed", timeout=5.0), body)
     return left if first.is_ok else first
 
@@ -874,10 +876,15 @@ def test_failure_in_a_nested_subgroup_reaches_its_members_then_all(run: Run) -> 
         assert ["visited", "visited", "inner", "outer"] == ran
 
 
-def _change_group(rank: int, world_size: int, how: str) -> tuple[Left, Left | None, bool, list[str]]:  # noqa: ARG001
+def _change_group(
+    rank: int,
+    world_size: int,  # noqa: ARG001
+    how: str,
+    life: str,
+) -> tuple[Left, Left | None, bool, list[str]]:
     ran: list[str] = []
     if how != "made":
-        here().init_process_group(f"{how} before")
+        here().init_process_group(f"{life} before")
 
     def body(scope: CollectiveScope) -> None:
         scope.cleanup(ran.append, "cleanup")
@@ -886,9 +893,9 @@ def _change_group(rank: int, world_size: int, how: str) -> tuple[Left, Left | No
             dist.destroy_process_group()
         if how.startswith("remade"):
             dist.destroy_process_group()
-            here().init_process_group(f"{how} after")
+            here().init_process_group(f"{life} after")
         if how == "made":
-            here().init_process_group("made")
+            here().init_process_group(f"{life} made")
         if how.endswith("failing") and rank == 1:
             _raise(ValueError("body"))
         if how.endswith("by one") and rank == 0:
@@ -919,7 +926,7 @@ def test_default_group_changed_in_the_body_keeps_the_barrier(
     how: str, surfaced: list[str], remains: list[bool], run: Run
 ) -> None:
     """Whatever the body does to the default group, cleanups run, ranks leave together, and nothing hangs."""
-    results = run("own groups", _change_group, how)
+    results = run("own groups", _change_group, how, uuid4().hex)
 
     assert surfaced == [left.surfaced for left, _, _, _ in results]
     assert remains == [is_initialized for _, _, is_initialized, _ in results]
