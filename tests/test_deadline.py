@@ -96,7 +96,7 @@ def test_rank_on_another_machine_without_a_heartbeat_is_lost(monkeypatch: pytest
 def test_warning_of_a_store_that_answers_is_left_to_the_lookout(caplog: pytest.LogCaptureFixture) -> None:
     """As long as the store answers, nobody says that it does not."""
     barrier = barrier_of(dist.HashStore(), 0, 2)
-    lookout = Lookout(Protocol(0, 2, None), Record(0, "exit", "scope", 0), Wait(), 0.0, 0.0, 1.0, 1.0)
+    lookout = Lookout(Protocol(0, 2, None), Record(0, "exit", "scope", 0), Wait(), 0.0, 0.0, 1.0, 1.0, 1.0)
     lookout.looked_at = 10.0
     barrier._warn_if_blind(lookout, 10.0 + _barrier.GRACE_S / 2)  # noqa: SLF001
 
