@@ -54,4 +54,6 @@ def worker(rank: int, port: int) -> None:
 def test_subtests() -> None:
     # The store is served by the parent, which outlives all ranks: one that dies does not take it away.
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(worker, (server.port,), nprocs=WORLD_SIZE)  # when a rank has failed, ends those that are stuck
+    ranks = mp.spawn(worker, (server.port,), nprocs=WORLD_SIZE, join=False)
+    while not ranks.join(grace_period=20):  # when a rank has failed, the others have 20 s to say what they saw
+        pass

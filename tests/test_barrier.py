@@ -389,6 +389,36 @@ def test_barrier_long_wait_is_logged_with_names(caplog: pytest.LogCaptureFixture
     )
 
 
+def test_barrier_rank_that_comes_while_it_is_asked_for_is_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning that was not out when the wait ended would say of a rank that left in peace that it is missing."""
+    asked, left = threading.Event(), threading.Event()
+    locate = _lookout.Lookout._locate  # noqa: SLF001  (the moment is what is tested)
+
+    def locate_slowly(*args: Any) -> Any:
+        where = locate(*args)
+        asked.set()
+        assert left.wait(PATIENCE_S)
+        return where
+
+    def run(rank: int, barrier: Barrier, _: Sequencer) -> Verdict:
+        if rank == 1:
+            assert asked.wait(PATIENCE_S)
+            return _arrive(barrier)
+        verdict = _arrive(barrier, warn_after=0.05)
+        left.set()
+        assert barrier._helper is not None  # noqa: SLF001
+        barrier._helper.call(lambda _: None, PATIENCE_S)  # noqa: SLF001  (after the lookout has ended)
+        return verdict
+
+    monkeypatch.setattr(_lookout.Lookout, "_locate", locate_slowly)
+    verdicts = meet(2, run)
+
+    assert all(verdict.ok for verdict in verdicts)
+    assert caplog.messages == []
+
+
 def test_barrier_long_wait_with_a_store_that_does_not_answer_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thawed: threading.Event
 ) -> None:

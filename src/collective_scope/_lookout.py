@@ -123,7 +123,8 @@ class Lookout:
                 warn_at = next(warnings)
                 where = self._locate(store, self._missing())
                 verdict = judge(self._records, self.mine, self.protocol.world_size, where=where)
-                logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
+                if not self.over:  # asking has taken its time: who was missing may have come, and gone
+                    logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
             self._pause(CHECK_S if now >= self.deadline else min(CHECK_S, self.deadline - now))
         if self.wait.must_resign():
             self.protocol.resign(self.mine, self.protocol.gave_up, store, gave_up=True)
