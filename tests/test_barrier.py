@@ -408,7 +408,7 @@ def test_barrier_rank_that_comes_while_it_is_asked_for_is_not_warned_of(
             return _arrive(barrier)
         verdict = _arrive(barrier, warn_after=0.05)
         left.set()
-        assert barrier._helper is not None  # noqa: SLF001
+        assert barrier._helper is not None  # noqa: SLF001  (the thread of the lookout)
         barrier._helper.call(lambda _: None, PATIENCE_S)  # noqa: SLF001  (after the lookout has ended)
         return verdict
 

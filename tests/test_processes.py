@@ -389,7 +389,7 @@ def test_failure_of_the_last_rank_reaches_waiting_peers_at_once(pool: str, run: 
     assert all(left.at - raised_at < _AT_ONCE_S for left, _ in peers)
 
 
-def _time_out_in_a_collective(rank: int, world_size: int) -> Left:  # noqa: ARG001
+def _time_out_in_a_collective(rank: int, world_size: int) -> Left:  # noqa: ARG001  (given to all that ranks run)
     group = dist.new_group(timeout=timedelta(seconds=0.5))  # a pair that timed out stays closed
 
     def body(_: CollectiveScope) -> None:
@@ -878,7 +878,7 @@ def test_failure_in_a_nested_subgroup_reaches_its_members_then_all(run: Run) -> 
 
 def _change_group(
     rank: int,
-    world_size: int,  # noqa: ARG001
+    world_size: int,  # noqa: ARG001  (given to all that ranks run)
     how: str,
     life: str,
 ) -> tuple[Left, Left | None, bool, list[str]]:

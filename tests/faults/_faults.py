@@ -400,7 +400,6 @@ def _put_back_later() -> None:
 
 
 _FAILED = 0.3
-_DIFFERS = 0.5  # a rank says where it is when it has waited for 0.1 s, and looks where others are that often
 _LOST = 1.0
 _LATE = 3.0  # the timeout and a second
 
@@ -463,9 +462,7 @@ _HOSTS: dict[str, Any] = {
     "compare": False,
 }
 
-_MISPLACED = Expect(
-    "ScopeMismatchError", says=("All ranks of a group must go through the same scopes",), within=_DIFFERS
-)
+_MISPLACED = Expect("ScopeMismatchError", says=("All ranks of a group must go through the same scopes",), within=0.3)
 
 FAULTS = (
     Fault(
