@@ -368,6 +368,13 @@ def test_barrier_mismatch_is_told_to_ranks_that_come_later_too() -> None:
 # Warnings
 
 
+def test_warning_times_are_multiples_of_the_first_and_never_end() -> None:
+    """At 1, 3, 6 and 12 times what was asked for, then again every 12 times."""
+    times = itertools.islice(_lookout.warning_times(100.0, 10.0), 7)
+
+    assert [110.0, 130.0, 160.0, 220.0, 340.0, 460.0, 580.0] == list(times)
+
+
 def test_barrier_long_wait_is_logged_with_names(caplog: pytest.LogCaptureFixture) -> None:
     """Long before the deadline, a waiting rank says who is missing; again and again."""
 
