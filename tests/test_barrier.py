@@ -810,6 +810,29 @@ def test_barrier_two_that_end_a_spoiled_round_decide_alike() -> None:
     assert first == second
 
 
+def test_barrier_mismatch_found_twice_does_not_wait_for_a_rank_that_has_gone_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who finds it second may find no record any more of a rank that has read the verdict and told of its next round."""
+    monkeypatch.setattr(_protocol, "RECORDS_S", LONG_S)
+    store = dist.HashStore()
+    records = [Record(0, "exit", f"part {rank % 2}", 0) for rank in range(4)]
+    protocols = [_protocol.Protocol(rank, 4, None) for rank in range(4)]
+    views = [protocol.join(store) for protocol in protocols]
+    for rank, (view, record) in enumerate(zip(views, records, strict=True)):
+        view.add(_protocol._count_key(record), 1)  # noqa: SLF001  (all have arrived)
+        view.set(f"rank/{rank}", record.encode())
+    verdicts = [protocols[0].close(records[0], views[0])]
+    views[1].set("rank/1", attrs.evolve(records[1], round=1, stage="entry").encode())
+    thread = threading.Thread(target=lambda: verdicts.append(protocols[3].close(records[3], views[3])), daemon=True)
+    thread.start()
+    thread.join(SOON_S)
+
+    assert not thread.is_alive()
+    assert {0, 1, 2, 3} == set(verdicts[0].names)
+    assert verdicts[0] == verdicts[1]
+
+
 def test_barrier_lookout_that_is_broken_is_not_silent(thawed: threading.Event) -> None:
     """What is no error of the store surfaces where the wait is, and at once."""
 

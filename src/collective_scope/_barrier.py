@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from . import _report
-from ._lookout import CHECK_S, CLOSED, LINGER_S, WARN_AFTER_S, Lookout, warning_times
+from ._lookout import CLOSED, FIRST_CHECK_S, LINGER_S, WARN_AFTER_S, Lookout, warning_times
 from ._outcome import Outcome, Record, Verdict, judge
 from ._process import NOBODY, Place, Process, me
 from ._protocol import Protocol, Wait
@@ -106,7 +106,7 @@ class Barrier:
         lookout: Lookout | None = None
         try:
             replies = self._ask(functools.partial(self._protocol.attend, mine, wait))
-            reply = _get(replies, start + CHECK_S)
+            reply = _get(replies, start + FIRST_CHECK_S)
             if isinstance(reply, Done):
                 verdict = cast("Verdict", reply.value)  # as fast as this if all are here
             else:
@@ -219,7 +219,7 @@ class Barrier:
         second.decided = lookout.decided
         replies = self._ask(functools.partial(self._protocol.read, lookout.mine, wait))
         try:
-            verdict = self._await(replies, _get(replies, now + CHECK_S), second)
+            verdict = self._await(replies, _get(replies, now + FIRST_CHECK_S), second)
         finally:
             second.over = True
         assert verdict is not None  # noqa: S101  (only attend() leaves it open)

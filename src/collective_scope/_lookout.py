@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("collective_scope")
 
+FIRST_CHECK_S = 0.05
+"""How long a rank waits before anything is looked for."""
+
 CHECK_S = 0.1
-"""How long a rank waits before anything is looked for, and how often then."""
+"""How often that is done then, once it has waited for four times as long; until then more often."""
 
 FAILED, CLOSED = "failed", "closed"
 """What the waiting thread is told: a rank failed, so the deadline has moved; the verdict is there, and not ``ok``."""
@@ -125,7 +128,9 @@ class Lookout:
                 verdict = judge(self._records, self.mine, self.protocol.world_size, where=where)
                 if not self.over:  # asking has taken its time: who was missing may have come, and gone
                     logger.warning("%s", _report.waiting(verdict, self.protocol.rank, now - self.start))
-            self._pause(CHECK_S if now >= self.deadline else min(CHECK_S, self.deadline - now))
+            # Ranks that are at different scopes learn of it in the first looks of theirs.
+            pause = min(CHECK_S, max(PAUSE_S, (now - self.start) / 4))
+            self._pause(pause if now >= self.deadline else min(pause, self.deadline - now))
         if self.wait.must_resign():
             self.protocol.resign(self.mine, self.protocol.gave_up, store, gave_up=True)
 
