@@ -346,7 +346,7 @@ def test_waiting_rank_names_whom_it_waits_for(missing: list[int], who: str) -> N
     """A soft warning says who waits, how long, and for whom."""
     text = _report.waiting(Verdict("ep4", 0, 2, outcomes={0: OK}, missing=missing), 0, 10.2)
 
-    assert _first(text) == f"rank 0 has waited 10 s at the exit of scope 'ep4'; {who} of 2 missing"
+    assert _first(text) == f"rank 0 has waited 10.2 s at the exit of scope 'ep4'; {who} of 2 missing"
     assert "  arrived:  0 (ok)" in text
 
 
@@ -354,4 +354,4 @@ def test_waiting_blindly_says_why_nobody_is_named() -> None:
     """Without an answer from the store, a soft warning says that instead of names."""
     text = _report.waiting_blindly("ep4", 0, 10.2, "the store does not answer")
 
-    assert text == "rank 0 has waited 10 s in scope 'ep4'; the store does not answer, so nobody can be named"
+    assert text == "rank 0 has waited 10.2 s in scope 'ep4'; the store does not answer, so nobody can be named"

@@ -74,8 +74,9 @@ def collective_scope(
 
         failure_timeout:
             Longest wait from the moment at which this rank knows that a rank
-            failed, itself included; and at the entry of a scope, for ranks that
-            missed the barrier of the one before. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
+            failed, itself included; and, after a barrier that somebody missed,
+            at the entry of the next scope, where *timeout* is the limit if it
+            is shorter. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
 
         heartbeat_timeout:
             A rank on another machine counts as lost when nothing was heard of

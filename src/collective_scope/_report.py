@@ -153,13 +153,13 @@ def store_trouble(server: int | None, silence: float, error: Exception | None) -
 def waiting(verdict: Verdict, rank: int, waited: float) -> str:
     """Say, while there is still time, who is not here yet."""
     who = _ranks(verdict, verdict.missing) if verdict.missing else "nobody"
-    head = f"rank {rank} has waited {waited:.0f} s{_at(verdict)}; {who} of {verdict.world_size} missing"
+    head = f"rank {rank} has waited {waited:.1f} s{_at(verdict)}; {who} of {verdict.world_size} missing"
     return "\n".join([head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")])
 
 
 def waiting_blindly(scope: str, rank: int, waited: float, why: str) -> str:
     """Say that nobody tells who is not here yet."""
-    return f"rank {rank} has waited {waited:.0f} s in scope {scope!r}; {why}, so nobody can be named"
+    return f"rank {rank} has waited {waited:.1f} s in scope {scope!r}; {why}, so nobody can be named"
 
 
 def _at(verdict: Verdict) -> str:
