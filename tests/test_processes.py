@@ -1125,10 +1125,10 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _settled_keys(store: dist.Store) -> int:
-    """Return the number of keys, when it has not changed for a while."""
-    count, since = store.num_keys(), time.monotonic()
-    while time.monotonic() < since + 0.3:
+def _settled_keys(store: dist.Store, expected: int | None = None) -> int:
+    """Return the number of keys when it has not changed for a while; in time, what is *expected*."""
+    count, since, until = store.num_keys(), time.monotonic(), time.monotonic() + 20.0
+    while count != expected and time.monotonic() < (since + 1.0 if expected is None else until):
         time.sleep(0.02)  # Keys are removed when there is nothing else to do.
         if store.num_keys() != count:
             count, since = store.num_keys(), time.monotonic()
@@ -1161,7 +1161,7 @@ def _repeat(rank: int, world_size: int, count: int, how: str) -> tuple[int, int,
     go(count)
     grown = _resident_bytes() - resident
     _meet("done")
-    after = _settled_keys(store) if rank == 0 else 0
+    after = _settled_keys(store, before) if rank == 0 else 0
     logging.disable(logging.NOTSET)
     _meet("over")
     return before, after, grown
@@ -1205,7 +1205,7 @@ def _miss_many(rank: int, world_size: int, count: int) -> tuple[int, int]:  # no
     _meet("counted")
     go(count, "count")
     _meet("done")
-    after = _settled_keys(store) if rank == 0 else 0
+    after = _settled_keys(store, before) if rank == 0 else 0
     _meet("over")
     return before, after
 

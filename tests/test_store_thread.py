@@ -250,7 +250,7 @@ def test_thread_says_farewell_when_nobody_can_ask_it_any_more(caplog: pytest.Log
     gc.collect()
     worker.join(PATIENCE_S)
 
-    assert ["stale", "farewell"] == store.removed
+    assert ["farewell", "stale"] == store.removed
     assert ["the store was gone before it was left: connection reset"] == caplog.messages
 
 

@@ -21,7 +21,7 @@ from ._lookout import CLOSED, FIRST_CHECK_S, LINGER_S, WARN_AFTER_S, Lookout, wa
 from ._outcome import Outcome, Record, Verdict, judge
 from ._process import NOBODY, Place, Process, me
 from ._protocol import Protocol, Wait
-from ._store_thread import Done, Failed, Job, StoreThread
+from ._store_thread import Done, Failed, Job, StoreThread, knock
 from ._watcher import POLL_S, Watcher
 
 
@@ -311,5 +311,12 @@ def _is_hosted_elsewhere(protocol: Protocol, hosts: list[Process]) -> bool:
 def _end_life(protocol: Protocol, hosts: list[Process], hosted: Store | None, store: Store) -> None:
     """End the life of a destroyed group in a store that outlives it; where a rank hosts the store, it does not."""
     del hosted  # kept until now
-    if _is_hosted_elsewhere(protocol, hosts):
-        protocol.end(store)
+    if not _is_hosted_elsewhere(protocol, hosts):
+        if protocol.is_settled or hosts:
+            return
+        # Rank 0 never told whether it hosts the store; if it did, it may have taken it along.
+        try:
+            knock(store)
+        except OSError:
+            return
+    protocol.end(store)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import socket
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, runtime_checkable
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from ._barrier import Barrier
 from ._plain_barrier import PlainBarrier
 from ._process import serves_store
+from ._store_thread import base_of, knock
 from ._watcher import Watcher
 
 
@@ -51,9 +51,6 @@ ACCEPTED = (
     "group must be None, a ProcessGroup, a DeviceMesh of one dimension, an object with cpu_group and device_group"
     " (vLLM, SGLang), an object with Barrier (mpi4py), or a function without arguments that returns one of these"
 )
-
-CONNECT_S = 1.0
-"""How long it takes to see that nobody listens."""
 
 logger = logging.getLogger("collective_scope")
 
@@ -184,7 +181,7 @@ def _of_process_group(group: ProcessGroup) -> tuple[Barrier, object]:
 
 def _watcher(store: Store, connect: Callable[[], Store]) -> Watcher:
     """Return the watcher over the store that *store* is a view of; all groups share it."""
-    base = _base(store)
+    base = base_of(store)
     key = (os.getpid(), base.host, base.port) if isinstance(base, dist.TCPStore) else (os.getpid(), id(base))
     watcher = _watchers.get(key)
     if watcher is None:
@@ -198,23 +195,21 @@ def _clone(ref: weakref.ref[Store]) -> Store:
     if store is None:
         msg = "the group's store is gone: the group was destroyed"
         raise RuntimeError(msg)
-    base = _base(store)
-    if isinstance(base, dist.TCPStore):
-        # Of a server that is gone, clone() would ask for minutes, and nothing ends that.
-        try:
-            socket.create_connection((base.host, base.port), CONNECT_S).close()
-        except ConnectionRefusedError as error:
-            msg = f"the group's store at {base.host}, port {base.port}, is gone: {error}"
-            raise RuntimeError(msg) from error
-        except OSError as error:  # cut off, perhaps for a while only: clone() goes on trying
-            logger.debug("the group's store cannot be reached: %s", error)
+    try:
+        knock(store)
+    except ConnectionRefusedError as error:
+        base: Any = base_of(store)
+        msg = f"the group's store at {base.host}, port {base.port}, is gone: {error}"
+        raise RuntimeError(msg) from error
+    except OSError as error:  # cut off, perhaps for a while only: clone() goes on trying
+        logger.debug("the group's store cannot be reached: %s", error)
     # A client of its own: one connection has one lock, which a waiting thread holds.
     return cast("Store", store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
 def _server(store: Store, ranks: list[int], rank: int) -> int | None:
     """Return the rank, within the group, whose process hosts the store; None if none does. A guess, except for *rank*."""
-    base = _base(store)
+    base = base_of(store)
     if not isinstance(base, dist.TCPStore):
         return None
     if serves_store(base.port):
@@ -223,9 +218,3 @@ def _server(store: Store, ranks: list[int], rank: int) -> int | None:
     # (torch/distributed/rendezvous.py), unless it was made by hand.
     is_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return None if is_by_agent or 0 not in ranks or ranks.index(0) == rank else ranks.index(0)
-
-
-def _base(store: Store) -> Store:
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store

@@ -12,33 +12,38 @@ from __future__ import annotations
 
 import atexit
 import logging
+import socket
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import attrs
+from torch.distributed import PrefixStore, Store, TCPStore
 
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 logger = logging.getLogger("collective_scope")
 
-Job = Callable[["Store"], Any]
+Job = Callable[[Store], Any]
 """Given the thread's store."""
 
 Item = tuple[Job, SimpleQueue[Any]] | list[Job] | Literal["stop"]
-"""What a thread gets: a job and where to reply; or to end, having removed what is stale and done these, or at once."""
+"""What a thread gets: a job and where to reply; or to end, having done these and removed what is stale, or at once."""
 
 IDLE_S = 0.02
 """Without a job for this long, the thread removes stale keys, until the next job comes."""
 
 MOST_STALE = 10_000
 """More stale keys than this, about 2 MB in the store, do not wait for such a pause."""
+
+FAREWELL_S = 0.5
+"""How long whoever drops the last reference to a thread waits for what it does at last; a frozen store takes no longer."""
+
+CONNECT_S = 1.0
+"""How long it takes to see that nobody listens."""
 
 EXIT_S = 5.0
 """How long the end of the process waits for threads that are in a store call; over a pulled cable, a clone() takes three."""
@@ -80,10 +85,10 @@ class StoreThread:
     def __init__(self, connect: Callable[[], Store]) -> None:
         self._jobs: SimpleQueue[Item] = SimpleQueue()
         jobs = self._jobs
-        start_thread("collective_scope-store", _serve, jobs, connect, stop=lambda: jobs.put("stop"))
+        thread = start_thread("collective_scope-store", _serve, jobs, connect, stop=lambda: jobs.put("stop"))
         # The thread holds the queue, not this object, so it ends when nobody can ask it any more.
         self.farewell: list[Job] = []
-        weakref.finalize(self, jobs.put, self.farewell).atexit = False
+        weakref.finalize(self, _dismiss, thread, jobs, self.farewell).atexit = False
 
     def submit(self, job: Job) -> SimpleQueue[Any]:
         """Start *job*; `Done` or `Failed` appears in the returned queue."""
@@ -108,6 +113,13 @@ class StoreThread:
         return last.value
 
 
+def _dismiss(thread: threading.Thread, jobs: SimpleQueue[Item], farewell: list[Job]) -> None:
+    jobs.put(farewell)
+    if farewell and thread is not threading.current_thread():
+        # What this process does next may rely on it: a group made again, which peers know of from elsewhere.
+        thread.join(FAREWELL_S)
+
+
 def _serve(jobs: SimpleQueue[Item], connect: Callable[[], Store]) -> None:
     store: Store | None = None
     stale: deque[str] = deque()  # of texts, which the garbage collector does not look at
@@ -121,8 +133,8 @@ def _serve(jobs: SimpleQueue[Item], connect: Callable[[], Store]) -> None:
             continue
         pause = IDLE_S
         if isinstance(item, list):
-            _remove(stale, store, len(stale))
             _say_farewell(item, store)
+            _remove(stale, store, len(stale))
         if not isinstance(item, tuple):
             return
         job, replies = item
@@ -147,7 +159,7 @@ def _serve(jobs: SimpleQueue[Item], connect: Callable[[], Store]) -> None:
 def _remove(stale: deque[str], store: Store | None, number: int) -> None:
     try:
         for _ in range(min(number, len(stale))):
-            cast("Store", store).delete_key(stale.popleft())  # a job has left them there
+            cast(Store, store).delete_key(stale.popleft())  # a job has left them there
     except RuntimeError as error:
         # torch's store errors are RuntimeErrors. The store is gone, and the keys with it.
         logger.debug("stale keys cannot be removed: %s", error)
@@ -157,7 +169,7 @@ def _remove(stale: deque[str], store: Store | None, number: int) -> None:
 def _say_farewell(jobs: list[Job], store: Store | None) -> None:
     try:
         for job in jobs if store is not None else ():
-            job(cast("Store", store))
+            job(cast(Store, store))
     except RuntimeError as error:
         logger.debug("the store was gone before it was left: %s", error)
 
@@ -166,11 +178,12 @@ _stops: weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]] = weak
 """How to end each thread that makes store calls, for as long as it runs."""
 
 
-def start_thread(name: str, target: Callable[..., object], *args: Any, stop: Callable[[], object]) -> None:
-    """Start a daemon thread that the end of the process waits for, a short time, having called *stop*."""
+def start_thread(name: str, target: Callable[..., object], *args: Any, stop: Callable[[], object]) -> threading.Thread:
+    """Start a daemon thread that the end of the process waits for, a short time, having called *stop*; return it."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     _stops[thread] = stop
     thread.start()
+    return thread
 
 
 @atexit.register
@@ -188,6 +201,28 @@ def _stop_all() -> None:
         stop()
     for thread, _ in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def base_of(store: Store) -> Store:
+    """Return the store that *store* is a view of."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def knock(store: Store) -> None:
+    """
+    See whether anybody serves *store*, a view or the store itself.
+
+    A call of torch's to a server that is gone prints a page, and its
+    ``clone()`` asks for minutes, which nothing ends.
+
+    Raises:
+        OSError: If it is a TCPStore and its server does not listen, or did not answer within `CONNECT_S`.
+    """
+    base = base_of(store)
+    if isinstance(base, TCPStore):
+        socket.create_connection((base.host, base.port), CONNECT_S).close()
 
 
 ABSENT = "?"

@@ -30,15 +30,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
+from torch.distributed import PrefixStore, Store
 
 from ._process import NOBODY, Place, Process, me
-from ._store_thread import ABSENT, peek, start_thread
+from ._store_thread import ABSENT, base_of, peek, start_thread
 
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from torch.distributed import Store
 
 logger = logging.getLogger("collective_scope")
 
@@ -214,8 +213,4 @@ def ask(store: Store, process: Process) -> int:
 
 def view(store: Store) -> Store:
     """Return the watchers' part of a store, which is the same for all groups."""
-    from torch.distributed import PrefixStore  # noqa: PLC0415
-
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return PrefixStore("collective_scope/watch", store)
+    return PrefixStore("collective_scope/watch", base_of(store))

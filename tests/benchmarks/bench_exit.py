@@ -5,7 +5,9 @@ Measured interleaved in the same processes: an empty scope, a bare
 ``dist.barrier()``, and ``dist.barrier()`` plus ``all_gather_object`` of an
 outcome (the usual way to agree). Beside them, what no barrier over a store can
 go below: the two calls, ``add`` and ``wait`` or ``set``, made on the main
-thread, where nothing bounds them. Medians over batches, of the slowest rank.
+thread, where nothing bounds them; and the same on a thread of their own, so
+that they are bounded, with the confirmations for which a rank that hosts the
+store must wait before it may end. Medians over batches, of the slowest rank.
 The store is hosted by rank 0, as after a plain ``init_process_group``, or by a
 process that is no rank, as under torchrun.
 
@@ -27,6 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from collective_scope import collective_scope
+from collective_scope._store_thread import StoreThread
 
 
 def empty_scope() -> None:
@@ -42,19 +45,34 @@ def barrier_and_gather() -> None:
 
 @attrs.define
 class StoreCalls:
-    """The least that a barrier over a store does: nothing is told, bounded, confirmed or removed."""
+    """The least that a barrier over a store does: nothing is told, agreed or removed."""
 
     store: dist.Store
+    prefix: str
+    host: int | None = None
+    """The rank that waits for confirmations."""
+    thread: StoreThread | None = None
     rounds: int = 0
 
     def __call__(self) -> None:
         """Wait for all ranks, once."""
         self.rounds += 1
-        key = f"bench/{self.rounds}"
-        if self.store.add(key, 1) == dist.get_world_size():
-            self.store.set(f"{key}/ok", "")
+        if self.thread is None:
+            self._meet(self.store)
         else:
-            self.store.wait([f"{key}/ok"])
+            self.thread.call(self._meet, 60.0)
+
+    def _meet(self, store: dist.Store) -> None:
+        key, rank, world_size = f"{self.prefix}/{self.rounds}", dist.get_rank(), dist.get_world_size()
+        is_last = store.add(key, 1) == world_size
+        if is_last:
+            store.set(f"{key}/ok", "")
+        if rank == self.host:
+            store.wait([f"{key}/seen/{peer}" for peer in range(world_size) if peer != rank])
+        elif not is_last:
+            store.wait([f"{key}/ok"])
+        if self.host not in (None, rank):
+            store.set(f"{key}/seen/{rank}", "")
 
 
 CASES: dict[str, tuple[Callable[[], object], int]] = {
@@ -78,7 +96,8 @@ def measure(rank: int, world_size: int, host: str, port: int, batches: int) -> N
     if "nccl" in backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    cases = CASES | {"two store calls": (StoreCalls(store), 20)}
+    bounded = StoreCalls(store, "bounded", 0 if host == "rank0" else None, StoreThread(store.clone))
+    cases = CASES | {"two store calls": (StoreCalls(store, "bare"), 20), "bounded": (bounded, 20)}
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(batches):
         for name, (call, repeats) in cases.items():
