@@ -246,6 +246,14 @@ def test_lost_rank_is_named_before_missing_ones() -> None:
     ]
 
 
+def test_lost_at_an_entry_says_that_the_body_was_not_run() -> None:
+    """What arrived there is the rank, not its body."""
+    lines = _report.lost(Verdict("ep4", 1, 2, stage="entry", outcomes={1: OK}, lost=[0], timeout=0.1)).splitlines()
+
+    assert "rank 0 of 2 lost at the entry of scope 'ep4' after 0.1 s" == lines[0]
+    assert "  The body of this scope was not run." == lines[-1]
+
+
 def test_lost_alone_says_only_that() -> None:
     """Without missing ranks or a reason, there is nothing more to say."""
     verdict = Verdict("ep4", 0, 2, outcomes={1: OK}, lost=[0], timeout=2.0)

@@ -77,6 +77,8 @@ def lost(verdict: Verdict) -> str:
         lines.append(f"  missing:  {_numbers(verdict.missing)}")
     if verdict.reason:
         lines.append(f"  {verdict.reason}")
+    if verdict.stage == "entry":
+        lines.append("  The body of this scope was not run.")
     return "\n".join(lines)
 
 
