@@ -1021,6 +1021,39 @@ def test_barrier_that_is_dropped_ends_its_threads() -> None:
     assert wait_until(lambda: not ours() - before)
 
 
+def test_barrier_thread_that_comes_to_its_wait_when_the_round_is_over_ends() -> None:
+    """A thread that is starved until the key that it waits for has come and gone does not wait for ever."""
+
+    def ours() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "collective_scope-store"}
+
+    store, waits, removes = dist.HashStore(), threading.Event(), threading.Event()
+
+    def hook(method: str, key: str) -> None:
+        if method == "delete_key" and key.endswith("/ok"):
+            removes.set()
+        if method == "wait" and key.endswith("/ok"):
+            waits.set()
+            assert wait_until(lambda: removes.is_set() and not store.check([f"collective_scope/2/0/{key}"]))
+
+    def run(rank: int, _: dist.HashStore, __: Sequencer) -> Verdict:
+        barrier = kept[rank]
+        if rank == 1:
+            assert waits.wait(PATIENCE_S)
+            return _arrive(barrier, outcome=_FAILED)
+        return _arrive(barrier)
+
+    before = ours()
+    kept = [barrier_of(HookedStore(store, hook), rank, 2) for rank in range(2)]
+    verdicts = values(run_threads(2, run, timeout=60.0))
+    assert wait_until(removes.is_set)
+    kept.clear()
+
+    assert verdicts[0] == verdicts[1]
+    assert [1] == list(verdicts[0].failures)
+    assert wait_until(lambda: not ours() - before)
+
+
 # A second life on the same store
 
 

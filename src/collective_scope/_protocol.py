@@ -48,11 +48,11 @@ from datetime import timedelta
 from uuid import uuid4
 
 import attrs
-from torch.distributed import PrefixStore, Store
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from ._outcome import NOWHERE, OK, Record, Verdict, judge
 from ._process import NOBODY, Place, me
-from ._store_thread import ABSENT, Later, peek, set_first
+from ._store_thread import ABSENT, Later, base_of, peek, set_first
 
 
 # Fields of the count, of 16 bits each: how many arrived, how many have been told the verdict,
@@ -67,6 +67,9 @@ RECORDS_S = 0.25
 
 FOREVER = timedelta(days=1)
 """The bound of a wait is its caller's, who ends the round, and with it the wait."""
+
+SLICE = timedelta(seconds=0.5)
+"""How long a thread that was left behind may go on to wait in a store that does not wake it."""
 
 
 @attrs.define(eq=False)
@@ -93,6 +96,11 @@ class Wait:
     def claim(self) -> bool:
         """Become the one that acts on the end of the wait: the first of the two threads does."""
         return self._turn.acquire(blocking=False)
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether one of them has."""
+        return self._turn.locked()
 
     def must_resign(self) -> bool:
         """Whether the peers are to be told, by the thread that asks first, that the rank gave up."""
@@ -123,6 +131,8 @@ class Protocol:
     """Keys of the last round that was ok, for the rank that arrives last in the next one to remove."""
     _seat: str = attrs.field(factory=lambda: uuid4().hex, init=False)
     _life: str = attrs.field(default="", init=False)
+    _is_woken: bool = attrs.field(default=False, init=False)
+    """Whether the store's server tells who waits for a key of it; other stores look for it again and again."""
     _order: tuple[int, int] = attrs.field(default=(-1, 0), init=False)
     """Sequence of the last scope that failed here, and the place of its failure among all ranks'."""
 
@@ -136,6 +146,7 @@ class Protocol:
         one, so that one is over and the next one begins. A rank that never took
         a seat in the earlier one relies on its peers to `end` it.
         """
+        self._is_woken = isinstance(base_of(store), TCPStore)
         store = PrefixStore(f"collective_scope/{self.world_size}", store)
         if self._life:  # another thread of this rank has joined
             return PrefixStore(self._life, store)
@@ -177,11 +188,10 @@ class Protocol:
         is_last = count & _FIELD == self.world_size
         if count < _SPOILED:
             return self._attend_ok(mine, wait, store, count, is_last=is_last)
-        if not is_last:
-            store.wait([f"{mine.round}/verdict"], FOREVER)
-        elif not wait.gave_up:
+        if is_last and not wait.gave_up:
             self.close(mine, store, is_spoiled=True)
-        return self.read(mine, wait, store) if wait.claim() else None
+        is_mine = wait.claim() if is_last else self._wait([f"{mine.round}/verdict"], wait, store)
+        return self.read(mine, wait, store) if is_mine else None
 
     def _attend_ok(
         self, mine: Record, wait: Wait, store: Store, count: int, *, is_last: bool
@@ -197,10 +207,10 @@ class Protocol:
         if self.is_host:
             wait.confirmed = self._seen_by_peers(t)
             wait.read = (verdict, time.monotonic()) if is_last else None
-        if self.is_host or not is_last:
-            wait.for_ok = not is_last
-            store.wait(wait.confirmed or [ok_key], FOREVER)
-        if not is_last and not wait.claim():
+        wait.for_ok = not is_last
+        if is_last and self.is_host:
+            store.wait(wait.confirmed, FOREVER)
+        elif not is_last and not self._wait(wait.confirmed or [ok_key], wait, store):
             return None
         if not self.is_settled:
             self._settle(count if is_last else store.add(count_key, 0))
@@ -214,6 +224,21 @@ class Protocol:
             return verdict
         stale, self._stale = self._stale, [count_key, ok_key]
         return _later(verdict, stale if is_last else [])
+
+    def _wait(self, keys: list[str], wait: Wait, store: Store) -> bool:
+        """
+        Wait for *keys* and claim the wait; return whether nobody else had.
+
+        The keys may be gone a moment after they came; a thread that misses them must not wait for ever.
+        """
+        while not wait.is_claimed:
+            try:
+                store.wait(keys, FOREVER if self._is_woken else SLICE)
+                break
+            except DistStoreError:
+                if self._is_woken:
+                    raise
+        return wait.claim()
 
     def _settle(self, count: int) -> None:
         """Learn for certain, from the count of a round at which all arrived, which rank hosts the store."""
