@@ -48,7 +48,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 import attrs
-from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from ._outcome import NOWHERE, OK, Record, Verdict, judge
 from ._process import NOBODY, Place, me
@@ -232,11 +232,14 @@ class Protocol:
         The keys may be gone a moment after they came; a thread that misses them must not wait for ever.
         """
         while not wait.is_claimed:
+            start = time.monotonic()
             try:
                 store.wait(keys, FOREVER if self._is_woken else SLICE)
                 break
-            except DistStoreError:
-                if self._is_woken:
+            except RuntimeError:
+                # "Wait timeout" is a DistStoreError of a HashStore and a plain RuntimeError of a FileStore;
+                # what is wrong with the store is raised by the next call, and before its time is over.
+                if self._is_woken or time.monotonic() < start + SLICE.total_seconds():
                     raise
         return wait.claim()
 
