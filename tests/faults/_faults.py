@@ -149,6 +149,12 @@ def _kill_in_body(me: Actor) -> None:
     _do(me, _kill)
 
 
+def _kill_beside_collective(me: Actor) -> None:
+    if me.is_culprit:
+        _kill(me)
+    dist.all_reduce(torch.ones(1))
+
+
 def _kill_in_cleanup(me: Actor) -> None:
     if me.is_culprit:
         me.scope.cleanup(_do, me, _kill)
@@ -553,6 +559,14 @@ FAULTS = (
         release=_enter_collective_too,
     ),
     Fault("SIGKILL in the body", _kill_in_body, **_gone("killed by SIGKILL"), exits={1: -signal.SIGKILL}),
+    Fault(
+        "SIGKILL in the body, a peer is in a collective",
+        _kill_beside_collective,
+        **_gone("killed by SIGKILL")
+        | {"survivor": Expect("RuntimeError", says=("PeerLostError: rank 1 of", "killed by SIGKILL"), within=_LOST)},
+        exits={1: -signal.SIGKILL},
+        world_sizes=(2,),
+    ),
     Fault(
         "SIGKILL in the body of the first scope",
         _kill_in_body,
