@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_warning_of_a_store_that_answers_is_left_to_the_lookout(caplog: pytest.L
     barrier._warn_if_blind(lookout, 10.0 + _barrier.GRACE_S / 2)  # noqa: SLF001
 
     assert caplog.text == ""
+
+
+def test_place_without_a_frame_of_the_main_thread_still_says_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that gives something else for a frame does not end the thread that answers."""
+    frames: dict[int, object] = {**sys._current_frames(), threading.main_thread().ident or 0: 0.0}  # noqa: SLF001  (documented)
+    monkeypatch.setattr(sys, "_current_frames", lambda: frames)
+    place = _watcher.here()
+
+    assert "" == place.frames
+    assert "outside of any scope" == place.phase or place.phase.startswith("after ")
 
 
 def test_watcher_whose_store_has_gone_makes_no_more_calls() -> None:

@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
 
 import attrs
 from torch.distributed import PrefixStore, Store
@@ -35,9 +35,6 @@ from torch.distributed import PrefixStore, Store
 from ._process import NOBODY, Place, Process, me
 from ._store_thread import ABSENT, base_of, peek, start_thread
 
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 logger = logging.getLogger("collective_scope")
 
@@ -94,7 +91,9 @@ def leave(mark: Mark) -> None:
 def here() -> Place:
     """Describe where this process is."""
     mark = marks[-1] if marks else _left[0] if _left else None
-    frames = sys._current_frames()  # noqa: SLF001  (documented, for this purpose)
+    current = sys._current_frames()  # noqa: SLF001  (documented, for this purpose)
+    # Under load, CPython 3.11 was seen to give a float for the main thread's frame.
+    frames = {ident: frame for ident, frame in current.items() if isinstance(frame, FrameType)}
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
     stacks = [
@@ -106,12 +105,12 @@ def here() -> Place:
         process=me(),
         phase=f"{mark.phase} scope {mark.scope!r}" if mark else "outside of any scope",
         seconds=time.monotonic() - mark.since if mark else 0.0,
-        frames=_innermost(frames.get(main)) if main is not None else "",
+        frames=_innermost(frames[main]) if main in frames else "",
         stacks="\n".join(stacks),
     )
 
 
-def _innermost(frame: FrameType | None) -> str:
+def _innermost(frame: FrameType) -> str:
     summary = [each for each in traceback.extract_stack(frame) if not each.filename.startswith(_HERE)]
     # The wrappers of torch and of the standard library say less than the line that called them.
     users = [
