@@ -47,6 +47,7 @@ def worker(rank: int, port: int) -> None:
                 subtest(scope, size)
         except Exception as error:  # noqa: BLE001  (on every rank, or on none)
             failed.append(f"size-{size}: {error!r}")
+            print(f"rank {rank}: {error}", flush=True)  # mp.spawn itself shows the error of one rank only
     dist.destroy_process_group()
     assert not failed, "\n".join(failed)
 

@@ -96,7 +96,7 @@ def deadline(scope: str, seconds: float, here: Place, places: Mapping[int, Place
 
 def scopes_differ(verdict: Verdict) -> str:
     """Describe ranks that arrived at different scopes."""
-    lines = [f"ranks arrived at different scopes{_at(verdict)}"]
+    lines = ["ranks arrived at different scopes"]  # one of which is the verdict's, on all ranks: that of who decided
     lines += _grouped(
         {rank: f"scope {name!r}, sequence {sequence}" for rank, (name, sequence) in verdict.names.items()}
     )
