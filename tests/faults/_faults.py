@@ -149,6 +149,14 @@ def _kill_in_body(me: Actor) -> None:
     _do(me, _kill)
 
 
+def _kill_in_body_and_reap(me: Actor) -> None:
+    if me.is_culprit:
+        me.begin()
+        _kill(me)
+    # A survivor that looks while the parent is about to reap learns from the system how the process ended.
+    me.wait_until_reaped()
+
+
 def _kill_beside_collective(me: Actor) -> None:
     if me.is_culprit:
         _kill(me)
@@ -576,7 +584,7 @@ FAULTS = (
     ),
     Fault(
         "SIGKILL in the body, reaped at once",
-        _kill_in_body,
+        _kill_in_body_and_reap,
         **_gone("gone"),
         exits={1: -signal.SIGKILL},
         world_sizes=(2,),

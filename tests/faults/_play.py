@@ -313,6 +313,11 @@ class Actor:
         """Return when *rank* has left the first scope."""
         here().wait_for(f"left-fault-{rank}")
 
+    def wait_until_reaped(self) -> None:
+        """Return when the parents of the culprits have asked how these ended."""
+        for rank in self.fault.culprits:
+            here().wait_for(f"ended-{rank}")
+
     def pid(self, who: int | str) -> int:
         """Return the process id of a rank, or of the store's process."""
         here().wait_for(f"pid-{who}")
