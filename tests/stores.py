@@ -72,6 +72,13 @@ def wait_until(is_true: Callable[[], bool], timeout: float = PATIENCE_S) -> bool
     return True
 
 
+def is_waiting(store: dist.Store, rank: int, world_size: int, *, round_: int = 0, life: int = 0) -> bool:
+    """Whether *rank* is at the barrier, seen from outside."""
+    prefix = f"collective_scope/{world_size}/{life}"
+    key = f"{prefix}/rank/{rank}"
+    return store.check([key]) and f"[{round_}, " in store.get(key).decode()
+
+
 @contextlib.contextmanager
 def interrupted_when(is_time: Callable[[], bool]) -> Iterator[None]:
     """Send this process's main thread, which runs the block, a SIGINT as soon as *is_time*."""

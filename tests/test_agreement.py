@@ -27,7 +27,16 @@ from collective_scope import (
 )
 from collective_scope._barrier import Barrier
 from tests.ranks import Sequencer
-from tests.stores import PATIENCE_S, HookedStore, barrier_of, barriers_as_groups, interrupted_when, meet, wait_until
+from tests.stores import (
+    PATIENCE_S,
+    HookedStore,
+    barrier_of,
+    barriers_as_groups,
+    interrupted_when,
+    is_waiting,
+    meet,
+    wait_until,
+)
 
 
 LONG_S = 120.0
@@ -167,6 +176,22 @@ def test_scope_interrupted_at_the_entry_cleans_up_and_goes_on_as_itself() -> Non
 
     assert ["cleanup"] == ran
     assert "left" in repr(scope)
+
+
+def test_scope_interrupted_at_the_barrier_has_no_verdict() -> None:
+    """Ctrl-C surfaces as itself after the cleanups; what this rank would not wait for, it does not know."""
+    store = dist.HashStore()
+    ran: list[str] = []
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        interrupted_when(lambda: is_waiting(store, 0, 2)),
+        collective_scope(barrier_of(store, 0, 2), timeout=PATIENCE_S) as scope,  # type: ignore[arg-type]
+    ):
+        scope.cleanup(ran.append, "cleanup")
+
+    assert ["cleanup"] == ran
+    assert scope.verdict is None
 
 
 def test_scope_whose_store_is_gone_raises_peer_lost_for_its_host() -> None:

@@ -19,7 +19,7 @@ from collective_scope import _barrier, _lookout, _protocol
 from collective_scope._barrier import Barrier
 from collective_scope._outcome import OK, Outcome, Record, Verdict
 from tests.ranks import Sequencer, run_threads, values
-from tests.stores import PATIENCE_S, HookedStore, barrier_of, interrupted_when, meet, wait_until
+from tests.stores import PATIENCE_S, HookedStore, barrier_of, interrupted_when, is_waiting, meet, wait_until
 
 
 LONG_S = 120.0
@@ -53,13 +53,6 @@ def _arrive(
 ) -> Verdict:
     mine = attrs.evolve(Record(0, "exit", "scope", sequence), **record)
     return barrier.arrive(mine, timeout=timeout, failure_timeout=failure_timeout, warn_after=warn_after)
-
-
-def _is_waiting(store: dist.Store, rank: int, world_size: int, *, round_: int = 0, life: int = 0) -> bool:
-    """Whether *rank* is at the barrier, seen from outside."""
-    prefix = f"collective_scope/{world_size}/{life}"
-    key = f"{prefix}/rank/{rank}"
-    return store.check([key]) and f"[{round_}, " in store.get(key).decode()
 
 
 def _few_keys(store: dist.Store, world_size: int) -> bool:
@@ -235,7 +228,7 @@ def test_barrier_published_failure_bounds_the_wait_of_the_others(when: str) -> N
         barrier = barriers[rank] = barrier_of(store, rank, 3)
         if rank == 2:
             if when == "while":
-                assert wait_until(lambda: _is_waiting(store, 0, 3) and _is_waiting(store, 1, 3))
+                assert wait_until(lambda: is_waiting(store, 0, 3) and is_waiting(store, 1, 3))
             barrier.publish(Record(0, "exit", "scope", 0, _FAILED))
             assert wait_until(lambda: store.check(["collective_scope/3/0/0/news"]))
             sequencer.announce("published")
@@ -753,7 +746,7 @@ def test_barrier_deadline_at_which_all_are_here_is_no_timeout_if_the_thread_in_t
 
     def run(rank: int, _: dist.HashStore, __: Sequencer) -> Verdict:
         if rank == 1:
-            assert wait_until(lambda: _is_waiting(store, 0, 2))
+            assert wait_until(lambda: is_waiting(store, 0, 2))
             return _arrive(barrier_of(store, 1, 2))
         return _arrive(barrier_of(HookedStore(store, hook), 0, 2), timeout=1.0)
 
@@ -901,7 +894,7 @@ def test_barrier_interrupted_rank_ends_the_round_for_all() -> None:
     start = time.monotonic()
     with (
         pytest.raises(KeyboardInterrupt),
-        interrupted_when(lambda: _is_waiting(store, 0, 3) and _is_waiting(store, 1, 3)),
+        interrupted_when(lambda: is_waiting(store, 0, 3) and is_waiting(store, 1, 3)),
     ):
         _arrive(barrier, timeout=PATIENCE_S)
     peer.join(PATIENCE_S)
@@ -918,7 +911,7 @@ def test_barrier_interrupted_rank_that_had_failed_keeps_its_failure() -> None:
     """What the peers read of a rank that failed, and was then interrupted, is its failure."""
     store = dist.HashStore()
     barrier, late = barrier_of(store, 0, 2), barrier_of(store, 1, 2)
-    with pytest.raises(KeyboardInterrupt), interrupted_when(lambda: _is_waiting(store, 0, 2)):
+    with pytest.raises(KeyboardInterrupt), interrupted_when(lambda: is_waiting(store, 0, 2)):
         _arrive(barrier, outcome=_FAILED, timeout=PATIENCE_S)
     verdict = _arrive(late)
 

@@ -75,6 +75,17 @@ def test_group_each_accepted_kind_gives_a_scope(group: Callable[[], Any], *, def
     assert (True, 1) == (scope.verdict.ok, scope.verdict.world_size)
 
 
+@pytest.mark.usefixtures("world")
+def test_group_without_this_rank_runs_collective_cleanups_too() -> None:
+    """A rank outside of the group is a world of one: nobody is left to agree with."""
+    calls: list[str] = []
+    with collective_scope(dist.GroupMember.NON_GROUP_MEMBER) as scope:  # type: ignore[arg-type]  # an object, to the stub
+        scope.cleanup(calls.append, "local")
+        scope.collective_cleanup(calls.append, "collective")
+
+    assert ["collective", "local"] == calls
+
+
 @pytest.mark.parametrize(
     "group",
     [
