@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from tests.ranks import run_script
@@ -65,3 +66,35 @@ def test_subtests_of_the_readme_pass_and_are_what_it_shows() -> None:
 
     assert "1 passed" in run.stdout
     assert f"```python\n{code}\n```" in (EXAMPLES.parent / "README.md").read_text()
+
+
+_LOSES_A_RANK = """
+import os, signal
+import test_subtests as example
+
+whole = example.worker
+
+def lose_a_rank(scope, size):
+    if example.dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def worker(rank, port):
+    example.subtest = lose_a_rank
+    whole(rank, port)
+
+if __name__ == "__main__":
+    example.worker = worker
+    example.test_subtests()
+"""
+
+
+def test_subtests_of_the_readme_that_lose_a_rank_say_which(tmp_path: Path) -> None:
+    """What `mp.spawn` does not show is printed by the ranks that are left, subtest by subtest."""
+    shutil.copy(EXAMPLES / "test_subtests.py", tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(_LOSES_A_RANK)
+    run = run_script(script, timeout=120, expect_exit=1)
+
+    assert "process 1 terminated with signal SIGKILL" in run.stderr
+    assert "rank 0: rank 1 of 2 lost at the exit of scope 'size-10'" in run.stdout
+    assert "rank 0: rank 1 of 2 lost at the entry of scope 'size-1000'" in run.stdout
