@@ -95,7 +95,7 @@ class Barrier:
             heartbeat_timeout: Seconds without a heartbeat after which a rank on another machine counts as lost.
             warn_after: Seconds until this rank first logs whom it waits for.
         """
-        mine = self._mine(mine)
+        self._fill_in(mine)
         self._round += 1
         if self.world_size == 1:
             return judge({0: mine}, mine, 1)
@@ -134,7 +134,9 @@ class Barrier:
         Does not wait for the store: a frozen one must not delay the cleanups.
         """
         if self.world_size > 1 and self._gone is None:
-            self._ask(functools.partial(self._protocol.publish, attrs.evolve(self._mine(mine), arrived=False)))
+            self._fill_in(mine)
+            mine.arrived = False
+            self._ask(functools.partial(self._protocol.publish, mine))
 
     def greet(self) -> None:
         """
@@ -162,9 +164,8 @@ class Barrier:
 
     # What follows runs on the thread that called arrive().
 
-    def _mine(self, record: Record) -> Record:
-        r = record  # by hand: attrs.evolve takes three times as long, and every exit waits for this
-        return Record(self._round, r.stage, r.scope, r.sequence, r.outcome, r.cleanups, r.arrived, me())
+    def _fill_in(self, mine: Record) -> None:
+        mine.round, mine.process = self._round, me()
 
     def _new_thread(self) -> StoreThread:
         # Not a method: a thread that refers to this object would keep it, and itself, alive.

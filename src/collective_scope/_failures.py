@@ -73,6 +73,8 @@ class Failures:
         The body's own exception first, then the cleanups', then what the
         verdict says of the peers; but an interrupt before ordinary errors.
         """
+        if not self._raised and (verdict is None or verdict.ok):
+            return None
         peers = errors_of(verdict, rank) if verdict is not None else []
         here = [error for _, error in self._raised]
         interrupt = next((e for e in here if e is not self.body and isinstance(e, _INTERRUPTS)), None)

@@ -104,6 +104,8 @@ class Wait:
 
     def must_resign(self) -> bool:
         """Whether the peers are to be told, by the thread that asks first, that the rank gave up."""
+        if not self.gave_up:  # without the lock, as nearly always
+            return False
         with self._asking:
             gave_up, self.gave_up = self.gave_up, False
         return gave_up
@@ -183,22 +185,21 @@ class Protocol:
             self.publish(mine, store)
         elif mine.cleanups:
             store.set(f"rank/{self.rank}", mine.encode())
-        pending = _SPOILED if mine.cleanups else 0
-        count = store.add(_count_key(mine), 1 + pending + (1 + self.rank if self.is_host else 0) * _HOST)
+        pending, count_key = _SPOILED if mine.cleanups else 0, _count_key(mine)
+        count = store.add(count_key, 1 + pending + (1 + self.rank if self.is_host else 0) * _HOST)
         is_last = count & _FIELD == self.world_size
         if count < _SPOILED:
-            return self._attend_ok(mine, wait, store, count, is_last=is_last)
+            return self._attend_ok(mine, wait, store, count_key, count, is_last=is_last)
         if is_last and not wait.gave_up:
             self.close(mine, store, is_spoiled=True)
         is_mine = wait.claim() if is_last else self._wait([f"{mine.round}/verdict"], wait, store)
         return self.read(mine, wait, store) if is_mine else None
 
     def _attend_ok(
-        self, mine: Record, wait: Wait, store: Store, count: int, *, is_last: bool
+        self, mine: Record, wait: Wait, store: Store, count_key: str, count: int, *, is_last: bool
     ) -> Verdict | Later | None:
         """Go on where nothing is known that keeps the round from being ok."""
-        t, count_key = mine.round, _count_key(mine)
-        ok_key = f"{count_key}/ok"
+        t, ok_key = mine.round, f"{count_key}/ok"
         if is_last:
             if not wait.claim():
                 return None
