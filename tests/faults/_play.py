@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import pickle
 import select
@@ -509,6 +510,8 @@ def _fork(fn: Callable[..., NoReturn], *args: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
+    # What is inherited need not be looked through when this process ends: that took 0.3 of the 0.5 s of its end.
+    gc.freeze()
     try:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
