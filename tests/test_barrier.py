@@ -907,6 +907,51 @@ def test_barrier_interrupted_rank_ends_the_round_for_all() -> None:
     assert (False, False) == (barrier.in_step, other.in_step)
 
 
+@pytest.mark.parametrize("outcome", [OK, _FAILED], ids=["ok", "failed"])
+def test_barrier_interrupted_rank_that_the_store_has_not_heard_of_lets_nobody_go_in_peace(
+    outcome: Outcome, thawed: threading.Event
+) -> None:
+    """Ctrl-C that comes before a rank is counted ends the round for all alike, whoever reads of it first."""
+    store, starved, others = dist.HashStore(), threading.Event(), {0: threading.Event(), 2: threading.Event()}
+    verdicts: dict[int, Verdict] = {}
+
+    def starve(*_: str) -> None:
+        if not starved.is_set():
+            starved.set()
+            thawed.wait(PATIENCE_S)
+
+    def read_last(_: str, key: str) -> None:
+        if key == "0/news":
+            others[0].wait(PATIENCE_S)
+
+    def be_peer(rank: int, barrier: Barrier) -> None:
+        verdicts[rank] = _arrive(barrier, timeout=PATIENCE_S)
+        others[rank].set()
+
+    barrier = barrier_of(HookedStore(store, starve), 1, 3)
+    peers = [barrier_of(store, 0, 3), barrier_of(HookedStore(store, read_last), 2, 3)]
+    threads = [threading.Thread(target=be_peer, args=(peer.rank, peer)) for peer in peers]
+    for thread in threads:
+        thread.start()
+    start = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        interrupted_when(lambda: starved.is_set() and is_waiting(store, 0, 3) and is_waiting(store, 2, 3)),
+    ):
+        _arrive(barrier, outcome=outcome, timeout=PATIENCE_S)
+    for thread in threads:
+        thread.join(PATIENCE_S)
+
+    assert time.monotonic() - start < SOON_S
+    assert [1] == list(verdicts[0].failures)
+    assert (0, 2) == verdicts[0].arrived
+    assert "rank 1 stopped waiting at the barrier: KeyboardInterrupt" == verdicts[0].reason
+    assert verdicts[0] == verdicts[2]
+    thawed.set()
+    ranks = (peers[0], barrier, peers[1])
+    assert all(verdict.ok for verdict in values(run_threads(3, lambda rank, *_: _arrive(ranks[rank], 1))))
+
+
 def test_barrier_interrupted_rank_that_had_failed_keeps_its_failure() -> None:
     """What the peers read of a rank that failed, and was then interrupted, is its failure."""
     store = dist.HashStore()

@@ -96,14 +96,15 @@ class Barrier:
             warn_after: Seconds until this rank first logs whom it waits for.
         """
         self._fill_in(mine)
+        start, wait = time.monotonic(), Wait()
+        lookout: Lookout | None = None
+        # From here to the `try` nothing is called, so no signal's handler runs.
         self._round += 1
         if self.world_size == 1:
             return judge({0: mine}, mine, 1)
         self.in_step = False
         if self._gone is not None:
             return self._unreachable(mine, 0.0, self._gone)
-        start, wait = time.monotonic(), Wait()
-        lookout: Lookout | None = None
         try:
             replies = self._ask(functools.partial(self._protocol.attend, mine, wait))
             reply = _get(replies, start + FIRST_CHECK_S)
@@ -251,7 +252,7 @@ class Barrier:
         if mine.outcome.ok:
             mine = attrs.evolve(mine, outcome=Outcome.of(interrupt, "barrier"))
         reason = _report.stopped_waiting(self.rank, interrupt)
-        resign = functools.partial(self._protocol.resign, mine, reason, counts=wait.claim())
+        resign = functools.partial(self._protocol.resign, mine, wait, reason, counts=wait.claim())
         self._leave_thread_behind()
         self._helper = self._helper or self._new_thread()
         try:

@@ -132,7 +132,7 @@ class Lookout:
             pause = min(CHECK_S, max(PAUSE_S, (now - self.start) / 4))
             self._pause(pause if now >= self.deadline else min(pause, self.deadline - now))
         if self.wait.must_resign():
-            self.protocol.resign(self.mine, self.protocol.gave_up, store, gave_up=True)
+            self.protocol.resign(self.mine, self.wait, self.protocol.gave_up, store, gave_up=True)
 
     def _shorten(self, replies: SimpleQueue[Any], now: float) -> None:
         """Wait for `failure_timeout` only from the moment at which a failure is known."""

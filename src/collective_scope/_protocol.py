@@ -83,6 +83,8 @@ class Wait:
         confirmed: The keys that are set when all have confirmed.
         disturbed: Set when the wait for confirmations was ended by something else.
         gave_up: Set when the rank has raised without a verdict, which is to be told as soon as that can be.
+        arriving: Held while the rank is being counted as arrived, which it never is once the wait has been claimed.
+        has_arrived: Whether it has been.
     """
 
     for_ok: bool = False
@@ -90,6 +92,8 @@ class Wait:
     confirmed: list[str] = attrs.field(factory=list)
     disturbed: bool = False
     gave_up: bool = False
+    arriving: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    has_arrived: bool = False
     _turn: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _asking: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
@@ -173,7 +177,7 @@ class Protocol:
     def attend(self, mine: Record, wait: Wait, store: Store) -> Verdict | Later | None:
         """Arrive, wait, read, confirm; return None if somebody else has claimed the wait."""
         verdict = self._attend(mine, wait, store)
-        return self.resign(mine, self.gave_up, store, gave_up=True) if wait.must_resign() else verdict
+        return self.resign(mine, wait, self.gave_up, store, gave_up=True) if wait.must_resign() else verdict
 
     @property
     def gave_up(self) -> str:
@@ -181,12 +185,17 @@ class Protocol:
         return f"rank {self.rank} gave up, because the store did not answer in time"
 
     def _attend(self, mine: Record, wait: Wait, store: Store) -> Verdict | Later | None:
-        if not mine.outcome.ok:
-            self.publish(mine, store)
-        elif mine.cleanups:
-            store.set(f"rank/{self.rank}", mine.encode())
-        pending, count_key = _SPOILED if mine.cleanups else 0, _count_key(mine)
-        count = store.add(count_key, 1 + pending + (1 + self.rank if self.is_host else 0) * _HOST)
+        count_key = _count_key(mine)
+        with wait.arriving:
+            if wait.is_claimed:
+                return None  # it stopped waiting before it came to this
+            if not mine.outcome.ok:
+                self.publish(mine, store)
+            elif mine.cleanups:
+                store.set(f"rank/{self.rank}", mine.encode())
+            pending = _SPOILED if mine.cleanups else 0
+            count = store.add(count_key, 1 + pending + (1 + self.rank if self.is_host else 0) * _HOST)
+            wait.has_arrived = True
         is_last = count & _FIELD == self.world_size
         if count < _SPOILED:
             return self._attend_ok(mine, wait, store, count_key, count, is_last=is_last)
@@ -297,6 +306,7 @@ class Protocol:
     def resign(
         self,
         mine: Record,
+        wait: Wait,
         reason: str,
         store: Store,
         *,
@@ -308,11 +318,16 @@ class Protocol:
 
         Args:
             mine: What this rank tells.
+            wait: The wait that it ends. If it had not been counted as arrived, it must not be counted as told either:
+                peers would take the one who waits for them for the last one who is to be told, and let it go in peace.
             reason: Why.
             store: The store.
             counts: Whether to confirm the verdict, because nobody else does on this rank.
             gave_up: Whether this rank has raised already, so that no other may leave in peace.
         """
+        with wait.arriving:
+            if not wait.has_arrived:
+                mine, counts = attrs.evolve(mine, arrived=False), False
         store.set(f"{mine.round}/resigned", "")
         verdict, keys = self.close(mine, store, reason=reason, gave_up=gave_up), []
         if counts and verdict.complete:
