@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import attrs
@@ -23,6 +24,7 @@ from collective_scope import (
     CollectiveScopeError,
     PeerFailedError,
     Verdict,
+    _barrier,
     _scope,
     collective_scope,
     current_scope,
@@ -469,7 +471,7 @@ def test_scope_verdict_comes_with_the_exit() -> None:
 class _Times:
     """A group that notes what a scope waits at most."""
 
-    rank, world_size, in_step, scopes = 0, 1, True, 0
+    rank, world_size, in_step, scopes, rounds = 0, 1, True, 0, 0
 
     def __init__(self) -> None:
         self.seen: tuple[float, ...] | None = None
@@ -778,6 +780,48 @@ def test_scope_refused_at_entry_is_left_and_keeps_nothing() -> None:
         kept = meet(2, run)[0]
 
     assert [None, None, None] == kept
+
+
+# An interrupt at the wrong moment
+
+
+@pytest.mark.parametrize(("module", "name"), [(_scope, "Record"), (_barrier, "me")], ids=["before-it", "in-it"])
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
+def test_scope_interrupt_on_the_way_to_the_barrier_does_not_keep_a_rank_from_it(
+    module: ModuleType, name: str, interrupt: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the last cleanup, before the rank has arrived, is told to the peers like one in the body."""
+    function, due = getattr(module, name), threading.local()
+
+    def call(*args: Any) -> Any:
+        # Where a signal's handler would run.
+        if getattr(due, "is_now", False):
+            due.is_now = False
+            raise interrupt
+        return function(*args)
+
+    monkeypatch.setattr(module, name, call)
+
+    def make_due(rank: int) -> None:
+        due.is_now = rank == 1
+
+    def run(rank: int, barrier: Any, _: Sequencer) -> tuple[Any, ...]:
+        scope = collective_scope(barrier)
+        with pytest.raises((type(interrupt), PeerFailedError)) as caught, scope:
+            scope.cleanup(make_due, rank)
+        with collective_scope(barrier) as after:
+            pass
+        return caught.type, scope.verdict, _verdict(after).ok
+
+    with barriers_as_groups():
+        (raised, verdict, is_ok), mine = meet(2, run)
+
+    assert (PeerFailedError, True) == (raised, is_ok)
+    assert (type(interrupt), verdict, True) == mine
+    assert {1: ("barrier", type(interrupt).__name__)} == {
+        rank: (o.phase, o.type_name) for rank, o in verdict.failures.items()
+    }
+    assert verdict.complete
 
 
 # No cycles

@@ -62,7 +62,8 @@ class Barrier:
     """Whether every rank arrived at the latest round; if not, a body must not start."""
     scopes: int = attrs.field(default=0, init=False)
     """How many scopes this rank has entered."""
-    _round: int = attrs.field(default=0, init=False)
+    rounds: int = attrs.field(default=0, init=False)
+    """How many rounds this rank has come to."""
     _protocol: Protocol = attrs.field(init=False)
     _has_greeted: bool = attrs.field(default=False, init=False)
     _gone: RuntimeError | None = attrs.field(default=None, init=False)
@@ -99,7 +100,7 @@ class Barrier:
         start, wait = time.monotonic(), Wait()
         lookout: Lookout | None = None
         # From here to the `try` nothing is called, so no signal's handler runs.
-        self._round += 1
+        self.rounds += 1
         if self.world_size == 1:
             return judge({0: mine}, mine, 1)
         self.in_step = False
@@ -166,7 +167,7 @@ class Barrier:
     # What follows runs on the thread that called arrive().
 
     def _fill_in(self, mine: Record) -> None:
-        mine.round, mine.process = self._round, me()
+        mine.round, mine.process = self.rounds, me()
 
     def _new_thread(self) -> StoreThread:
         # Not a method: a thread that refers to this object would keep it, and itself, alive.

@@ -41,6 +41,7 @@ class PlainBarrier:
         self.world_size = _ask(communicator, "Get_size", 1)
         self.in_step = True
         self.scopes = 0
+        self.rounds = 0
         self._communicator = communicator
         self._thread: StoreThread | None = None
         self._entered: SimpleQueue[Any] | None = None
@@ -59,6 +60,7 @@ class PlainBarrier:
         start = time.monotonic()
         limit = start + (timeout if mine.outcome.ok else min(timeout, failure_timeout))
         wait = functools.partial(self._left, mine.scope, start, limit, warn_after)
+        self.rounds += 1
         self.in_step = False
         # The barrier of an earlier scope may still hold the thread. When it opens, all have left that
         # scope; and each rank must go through as many of them as its peers, so at an entry that is all.

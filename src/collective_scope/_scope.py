@@ -255,9 +255,7 @@ class CollectiveScope(Registry):
         mismatch: Verdict | None = None
         number = 1
         while True:
-            for cleanup in self._cleanups.local():
-                self._run(cleanup)
-            self.verdict = verdict = self._arrive("exit" if number == 1 else f"exit {number}")
+            self.verdict = verdict = self._meet("exit" if number == 1 else f"exit {number}")
             mismatch = mismatch or (verdict if verdict.cleanups else None)
             if not verdict.complete or not verdict.pending:
                 break
@@ -265,6 +263,20 @@ class CollectiveScope(Registry):
             number += 1
         if mismatch is not None:
             self.verdict = attrs.evolve(verdict, cleanups=mismatch.cleanups, agreed=mismatch.agreed)
+
+    def _meet(self, stage: str) -> Verdict:
+        """Clean up down to the first collective cleanup, and arrive, also if an interrupt comes before this rank has."""
+        assert self._barrier is not None  # noqa: S101  (for the type checker)
+        rounds = self._barrier.rounds
+        while True:
+            try:
+                for cleanup in self._cleanups.local():
+                    self._run(cleanup)
+                return self._arrive(stage)
+            except BaseException as error:
+                if isinstance(error, Exception) or self._barrier.rounds > rounds:
+                    raise  # no interrupt, or one that the barrier has told the peers of
+                self._fail("barrier", error)
 
     def _run_agreed(self, verdict: Verdict) -> None:
         """Run the stack down to the first collective cleanup that all ranks share, and that one."""
