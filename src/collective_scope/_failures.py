@@ -73,10 +73,10 @@ class Failures:
         The body's own exception first, then the cleanups', then what the
         verdict says of the peers; but an interrupt before ordinary errors.
         """
-        if not self._raised and (verdict is None or verdict.ok):
-            return None
-        peers = errors_of(verdict, rank) if verdict is not None else []
+        peers = errors_of(verdict, rank) if verdict is not None and not verdict.ok else []
         here = [error for _, error in self._raised]
+        if not here and not peers:
+            return None
         interrupt = next((e for e in here if e is not self.body and isinstance(e, _INTERRUPTS)), None)
         primary: BaseException
         members: list[BaseException] = []
@@ -86,10 +86,8 @@ class Failures:
             primary = self.body
         elif len(here) > 1:
             primary, members = BaseExceptionGroup(f"{len(here)} cleanups of scope {self.scope!r} failed", here), here
-        elif here or peers:
-            primary = (here or peers)[0]
         else:
-            return None
+            primary = (here or peers)[0]
         rest = [(phase, e) for phase, e in self._raised if e is not primary and e not in members]
         rest += [("at the barrier", error) for error in peers if error is not primary]
         self.attach(primary, rest)
