@@ -952,6 +952,31 @@ def test_barrier_interrupted_rank_that_the_store_has_not_heard_of_lets_nobody_go
     assert all(verdict.ok for verdict in values(run_threads(3, lambda rank, *_: _arrive(ranks[rank], 1))))
 
 
+def test_barrier_rank_that_gave_up_before_the_store_heard_of_it_never_arrives(thawed: threading.Event) -> None:
+    """When the store thaws, the peers are told alike that the rank gave up, and nobody waits for it to read that."""
+    store = dist.HashStore()
+    verdicts: dict[int, Verdict] = {}
+    ranks = [barrier_of(store, 0, 3), barrier_of(HookedStore(store, lambda *_: thawed.wait(PATIENCE_S)), 1, 3)]
+    ranks.append(barrier_of(store, 2, 3))
+
+    def be_peer(barrier: Barrier) -> None:
+        verdicts[barrier.rank] = _arrive(barrier, timeout=PATIENCE_S)
+
+    threads = [threading.Thread(target=be_peer, args=(ranks[rank],)) for rank in (0, 2)]
+    for thread in threads:
+        thread.start()
+    alone = _arrive(ranks[1], timeout=0.5)
+    thawed.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+
+    assert "has not answered for" in alone.reason
+    assert "rank 1 gave up, because the store did not answer in time" == verdicts[0].reason
+    assert (0, 2) == verdicts[0].arrived
+    assert verdicts[0] == verdicts[2]
+    assert all(verdict.ok for verdict in values(run_threads(3, lambda rank, *_: _arrive(ranks[rank], 1))))
+
+
 def test_barrier_interrupted_rank_that_had_failed_keeps_its_failure() -> None:
     """What the peers read of a rank that failed, and was then interrupted, is its failure."""
     store = dist.HashStore()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import threading
 import unittest
@@ -822,6 +823,23 @@ def test_scope_interrupt_on_the_way_to_the_barrier_does_not_keep_a_rank_from_it(
         rank: (o.phase, o.type_name) for rank, o in verdict.failures.items()
     }
     assert verdict.complete
+
+
+def test_scope_error_on_the_way_to_the_barrier_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no interrupt would be raised again and again."""
+    process, calls = _barrier.me(), itertools.count(1)  # type: ignore[attr-defined]  # imported there
+
+    def call() -> Any:
+        if next(calls) == 1:
+            msg = "no /proc"
+            raise OSError(msg)
+        return process
+
+    monkeypatch.setattr(_barrier, "me", call)
+    with pytest.raises(OSError, match="no /proc"), collective_scope():
+        pass
+
+    assert 2 == next(calls)
 
 
 # No cycles

@@ -99,7 +99,7 @@ class Barrier:
         self._fill_in(mine)
         start, wait = time.monotonic(), Wait()
         lookout: Lookout | None = None
-        # From here to the `try` nothing is called, so no signal's handler runs.
+        # Who counts the round gets to the `try`, or returns: no signal's handler runs where nothing is called.
         self.rounds += 1
         if self.world_size == 1:
             return judge({0: mine}, mine, 1)
@@ -134,6 +134,7 @@ class Barrier:
         Tell the peers at once that this rank failed; it arrives later.
 
         Does not wait for the store: a frozen one must not delay the cleanups.
+        *mine* is filled in as by `arrive`, and made one that has not arrived.
         """
         if self.world_size > 1 and self._gone is None:
             self._fill_in(mine)

@@ -197,7 +197,7 @@ class CollectiveScope(Registry):
         if found is None:
             return
         barrier, kept = found
-        if self._group_barrier or (self._cleanups and self._cleanups.collective()):
+        if self._group_barrier or self._cleanups.collective():
             refuse_without_store(barrier)
         self._barrier, self._kept = barrier, kept
         self._sequence = barrier.scopes
