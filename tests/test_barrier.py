@@ -106,6 +106,58 @@ def test_barrier_rounds_do_not_mix() -> None:
     assert [expected] * 3 == meet(3, run)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [pytest.param({"outcome": _FAILED}, id="failed"), pytest.param({"cleanups": (("free", ""),)}, id="cleanups")],
+)
+def test_barrier_what_a_rank_told_is_not_replaced_by_what_it_meant_to_tell_before(
+    told: dict[str, Any], thawed: threading.Event
+) -> None:
+    """A lookout that comes to write the rank's record when the rank is in the next round leaves that one's alone."""
+    store, lookouts = dist.HashStore(), list[threading.Thread]()
+    armed, held, counted, late, written = (threading.Event() for _ in range(5))
+
+    def hold_up_the_lookout(_: str, key: str) -> None:
+        if key == "1/verdict":
+            counted.set()
+        elif lookouts == [threading.current_thread()]:
+            written.set()
+            thawed.wait(PATIENCE_S)
+        elif armed.is_set() and not lookouts and key == "rank/0":
+            lookouts.append(threading.current_thread())
+            held.set()
+            late.wait(PATIENCE_S)
+
+    def read_what_is_written_late(_: str, key: str) -> None:
+        if counted.is_set() and key == "rank/0":
+            late.set()
+            assert written.wait(PATIENCE_S)
+
+    def be_first() -> None:
+        verdicts.append(_arrive(other))
+        verdicts.append(_arrive(other, 1, **told))
+
+    other, barrier = (
+        barrier_of(HookedStore(store, hook), rank, 2)
+        for rank, hook in enumerate((hold_up_the_lookout, read_what_is_written_late))
+    )
+    verdicts: list[Verdict] = []
+    peer = threading.Thread(target=be_first)
+    other.greet()
+    assert wait_until(lambda: store.check(["collective_scope/2/0/rank/0"]))
+    armed.set()
+    peer.start()
+    assert held.wait(PATIENCE_S)
+    assert _arrive(barrier).ok
+    assert counted.wait(PATIENCE_S)
+    mine = _arrive(barrier, 1, cleanups=told.get("cleanups", ()))
+    peer.join(PATIENCE_S)
+
+    assert [True, mine] == [verdicts[0].ok, verdicts[1]]
+    assert {0: told.get("outcome", OK).type_name, 1: ""} == {rank: o.type_name for rank, o in mine.outcomes.items()}
+    assert {} == mine.cleanups
+
+
 def test_barrier_odd_names_are_told_apart_and_arrive() -> None:
     """A scope may have any name."""
     name = "two\nlines, \0, 🙂 and \udc80"
@@ -427,7 +479,7 @@ def test_barrier_long_wait_with_a_store_that_does_not_answer_says_so(
     store = dist.HashStore()
 
     def hook(method: str, key: str) -> None:
-        if (method, key) == ("compare_set", "rank/0"):  # what the warning asks for
+        if (method, key) == ("compare_set", "rank/1"):  # what the warning asks for
             thawed.wait(PATIENCE_S)
 
     def run(rank: int, store_: dist.HashStore, _: Sequencer) -> Verdict:
@@ -558,9 +610,14 @@ def test_barrier_store_that_is_gone_after_a_round_tells_who_really_hosted_it(
 
 def test_barrier_store_that_fails_only_at_the_decision_is_gone() -> None:
     """A store that breaks off when the timeout has run out is told as gone, not as frozen."""
+    decides = threading.Event()
 
     def hook(called: str, key: str) -> None:
-        if (called, key) == ("compare_set", "rank/0"):
+        if key == "0/verdict":
+            decides.set()
+        if called == "wait":
+            assert decides.wait(PATIENCE_S)
+        if decides.is_set():
             msg = "Connection reset by peer"
             raise dist.DistNetworkError(msg)
 
@@ -585,6 +642,31 @@ def test_barrier_error_that_no_store_raises_is_not_swallowed() -> None:
     with pytest.raises(LookupError, match=r"^'?unforeseen'?$"):
         _arrive(barrier, timeout=SOON_S)
     assert not barrier.in_step
+
+
+def test_barrier_store_that_is_slow_with_the_verdict_has_as_long_as_the_wait() -> None:
+    """Only after the deadline a store that has not answered for a moment is taken for frozen."""
+    slow = threading.Event()
+
+    def hook(_: str, key: str) -> None:
+        if key == "0/verdict" and not slow.is_set():
+            slow.set()
+            time.sleep(2 * _barrier.GRACE_S)
+
+    store = dist.HashStore()
+    barrier, other = barrier_of(HookedStore(store, hook), 0, 2), barrier_of(store, 1, 2)
+
+    def run(rank: int, *_: Any) -> Verdict:
+        if rank == 0:
+            return _arrive(barrier)
+        assert wait_until(lambda: is_waiting(store, 0, 2))
+        return _arrive(other, outcome=_FAILED)
+
+    verdicts = values(run_threads(2, run, timeout=60.0))
+
+    assert slow.is_set()
+    assert [[1], [1]] == [list(verdict.failures) for verdict in verdicts]
+    assert [True, True] == [verdict.complete for verdict in verdicts]
 
 
 def test_barrier_works_again_after_the_store_has_hung() -> None:
@@ -695,15 +777,18 @@ def test_barrier_host_of_the_store_raises_with_the_peer_that_gave_up_on_it(
 ) -> None:
     """A rank that raised because the store was frozen counts as arrived, but nobody leaves in peace without it."""
     monkeypatch.setattr(_barrier, "GRACE_S", 0.1)
-    store = dist.HashStore()
+    store, counting = dist.HashStore(), list[threading.Thread]()
 
-    def peer(method: str, key: str) -> None:
-        if (method, key) == ("set", "rank/1"):  # what the lookout begins with
+    def peer(_: str, key: str) -> None:
+        counting[:] = counting or [threading.current_thread()]
+        if key == "rank/1" and threading.current_thread() not in counting:  # what the lookout begins with
             thawed.wait(PATIENCE_S)
 
     def run(rank: int, _: dist.HashStore, sequencer: Sequencer) -> Verdict:
         barrier = barrier_of(HookedStore(store, peer) if rank == 1 else store, rank, 2, server=0)
         if rank == 1:
+            barrier.greet()
+            assert wait_until(lambda: bool(counting))
             verdict = _arrive(barrier, timeout=0.2)
             sequencer.announce("rank 1 gave up")
             return verdict
@@ -1209,7 +1294,7 @@ def test_barrier_of_a_store_whose_host_is_unknown_ends_its_life_if_it_is_still_t
     del barrier
 
     assert ("", "") == capfd.readouterr()
-    assert not is_served or b"1" == client.get("collective_scope/2/life")
+    assert not is_served or wait_until(lambda: client.get("collective_scope/2/life") == b"1")
 
 
 def _all_arrive(_: int, barrier: Barrier) -> Verdict:

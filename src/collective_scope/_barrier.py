@@ -219,7 +219,9 @@ class Barrier:
         self._thread, self._helper = self._helper, None
         now, wait = time.monotonic(), Wait()
         wait.claim()  # the peers know already
-        second = attrs.evolve(lookout, wait=wait, start=now, deadline=now, failure_timeout=0.0)
+        # What ended the round, if not the deadline, is known from now on; the store may be slow as long as there is time.
+        deadline = max(now, min(lookout.deadline, now + lookout.failure_timeout))
+        second = attrs.evolve(lookout, wait=wait, start=now, deadline=deadline)
         second.decided = lookout.decided
         replies = self._ask(functools.partial(self._protocol.read, lookout.mine, wait))
         try:

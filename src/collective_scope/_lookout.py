@@ -108,7 +108,7 @@ class Lookout:
     def _run(self, replies: SimpleQueue[Any], store: Store) -> None:
         if self.mine.outcome.ok and not self.over:
             # Who arrived in peace has told nobody so far.
-            store.set(f"rank/{self.protocol.rank}", self.mine.encode())
+            self.protocol.tell(self.mine, store)
         warnings = warning_times(self.start, self.warn_after)
         warn_at = next(warnings)
         while not self.over:

@@ -139,6 +139,8 @@ class Protocol:
     _life: str = attrs.field(default="", init=False)
     _is_woken: bool = attrs.field(default=False, init=False)
     """Whether the store's server tells who waits for a key of it; other stores look for it again and again."""
+    _told: str = attrs.field(default="", init=False)
+    """The record of this rank that is in the store, as far as is known."""
     _order: tuple[int, int] = attrs.field(default=(-1, 0), init=False)
     """Sequence of the last scope that failed here, and the place of its failure among all ranks'."""
 
@@ -192,7 +194,7 @@ class Protocol:
             if not mine.outcome.ok:
                 self.publish(mine, store)
             elif mine.cleanups:
-                store.set(f"rank/{self.rank}", mine.encode())
+                self.tell(mine, store)
             pending = _SPOILED if mine.cleanups else 0
             count = store.add(count_key, 1 + pending + (1 + self.rank if self.is_host else 0) * _HOST)
             wait.has_arrived = True
@@ -341,9 +343,22 @@ class Protocol:
         if self._order[0] != mine.sequence:
             self._order = (mine.sequence, store.add("failures", 1))
         outcome = attrs.evolve(mine.outcome, order=self._order[1])
-        store.set(f"rank/{self.rank}", attrs.evolve(mine, outcome=outcome).encode())
+        self.tell(attrs.evolve(mine, outcome=outcome), store)
         store.add(_count_key(mine), _SPOILED)
         set_first(store, f"{mine.round}/news", "failed")
+
+    def tell(self, record: Record, store: Store) -> None:
+        """
+        Write the record of this rank, unless one of a later round is there.
+
+        A lookout may come to this, or a thread that was left behind, when the rank is in a later round already.
+        """
+        text = record.encode()
+        while (there := store.compare_set(f"rank/{self.rank}", self._told, text).decode()) != text:
+            if Record.decode(there).round > record.round:
+                return
+            self._told = "" if there == self._told else there  # one that is absent is said to be what was expected
+        self._told = text
 
     def close(
         self,
