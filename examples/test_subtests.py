@@ -47,7 +47,8 @@ def worker(rank: int, port: int) -> None:
                 subtest(scope, size)
         except Exception as error:  # noqa: BLE001  (on every rank, or on none)
             failed.append(f"size-{size}: {error!r}")
-            print(f"rank {rank}: {error}", flush=True)  # mp.spawn itself shows the error of one rank only
+            # mp.spawn itself shows the error of one rank only; where a peer is, and why, may be in the notes.
+            print(f"rank {rank}: {error}", *getattr(error, "__notes__", ()), sep="\n", flush=True)
     dist.destroy_process_group()
     assert not failed, "\n".join(failed)
 

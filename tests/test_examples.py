@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.ranks import run_script
 
 
@@ -77,6 +79,8 @@ whole = example.worker
 def lose_a_rank(scope, size):
     if example.dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if COLLECTIVE:
+        example.dist.barrier()
 
 def worker(rank, port):
     example.subtest = lose_a_rank
@@ -88,13 +92,15 @@ if __name__ == "__main__":
 """
 
 
-def test_subtests_of_the_readme_that_lose_a_rank_say_which(tmp_path: Path) -> None:
-    """What `mp.spawn` does not show is printed by the ranks that are left, subtest by subtest."""
+@pytest.mark.parametrize("collective", [False, True], ids=["at-the-exit", "in-a-collective"])
+def test_subtests_of_the_readme_that_lose_a_rank_say_which(collective: bool, tmp_path: Path) -> None:  # noqa: FBT001  (parametrized)
+    """What `mp.spawn` does not show is printed by the ranks that are left, subtest by subtest, as an error or a note."""
     shutil.copy(EXAMPLES / "test_subtests.py", tmp_path)
     script = tmp_path / "script.py"
-    script.write_text(_LOSES_A_RANK)
+    script.write_text(_LOSES_A_RANK.replace("COLLECTIVE", str(collective)))
     run = run_script(script, timeout=120, expect_exit=1)
 
     assert "process 1 terminated with signal SIGKILL" in run.stderr
-    assert "rank 0: rank 1 of 2 lost at the exit of scope 'size-10'" in run.stdout
+    before = "PeerLostError" if collective else "rank 0"
+    assert f"{before}: rank 1 of 2 lost at the exit of scope 'size-10'" in run.stdout
     assert "rank 0: rank 1 of 2 lost at the entry of scope 'size-1000'" in run.stdout
