@@ -80,12 +80,17 @@ def is_waiting(store: dist.Store, rank: int, world_size: int, *, round_: int = 0
 
 
 @contextlib.contextmanager
-def interrupted_when(is_time: Callable[[], bool]) -> Iterator[None]:
-    """Send this process's main thread, which runs the block, a SIGINT as soon as *is_time*."""
+def interrupted_when(is_time: Callable[[], bool], *, wakes: bool = True) -> Iterator[None]:
+    """
+    Send this process's main thread, which runs the block, a SIGINT as soon as *is_time*.
+
+    One that does not wake it comes to another thread, and is seen when the main thread runs again; so is one that
+    comes a moment before the main thread begins to wait.
+    """
 
     def interrupt() -> None:
         if wait_until(is_time):
-            signal.pthread_kill(main_thread, signal.SIGINT)
+            signal.pthread_kill(main_thread if wakes else threading.get_ident(), signal.SIGINT)
 
     main_thread = threading.get_ident()
     thread = threading.Thread(target=interrupt)

@@ -989,7 +989,8 @@ def test_barrier_interrupt_when_all_have_arrived_is_that_of_one_rank(
     assert [True] == [verdict.ok for verdict in verdicts]
 
 
-def test_barrier_interrupted_rank_ends_the_round_for_all() -> None:
+@pytest.mark.parametrize("wakes", [True, False], ids=["wakes", "does-not-wake"])
+def test_barrier_interrupted_rank_ends_the_round_for_all(wakes: bool) -> None:  # noqa: FBT001  (parametrized)
     """Ctrl-C ends the wait at once, there and on the peers, who read whose wait was ended and why."""
     store = dist.HashStore()
     barrier, other = barrier_of(store, 0, 3), barrier_of(store, 1, 3)
@@ -999,7 +1000,7 @@ def test_barrier_interrupted_rank_ends_the_round_for_all() -> None:
     start = time.monotonic()
     with (
         pytest.raises(KeyboardInterrupt),
-        interrupted_when(lambda: is_waiting(store, 0, 3) and is_waiting(store, 1, 3)),
+        interrupted_when(lambda: is_waiting(store, 0, 3) and is_waiting(store, 1, 3), wakes=wakes),
     ):
         _arrive(barrier, timeout=PATIENCE_S)
     peer.join(PATIENCE_S)

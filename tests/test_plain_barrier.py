@@ -15,7 +15,7 @@ import pytest
 
 from collective_scope import BarrierTimeoutError, CollectiveScope, CollectiveScopeError, collective_scope
 from tests.ranks import Sequencer, run_threads, values
-from tests.stores import PATIENCE_S, wait_until
+from tests.stores import PATIENCE_S, interrupted_when, wait_until
 
 
 LONG_S = 120.0
@@ -157,6 +157,24 @@ def test_plain_barrier_missing_rank_is_bounded(barriers: list[threading.Barrier]
     assert (1,) == error.missing
     assert str(error).startswith("rank 1 of 2 missing at the exit of scope 's' after 0.")
     assert "any of the ranks named may have been there" in str(error)
+
+
+@pytest.mark.parametrize("wakes", [True, False], ids=["wakes", "does-not-wake"])
+def test_plain_barrier_interrupted_rank_leaves_at_once(
+    barriers: list[threading.Barrier],
+    wakes: bool,  # noqa: FBT001  (parametrized)
+) -> None:
+    """Ctrl-C ends the wait."""
+    barriers.append(threading.Barrier(2))
+    start = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        interrupted_when(lambda: barriers[0].n_waiting == 1, wakes=wakes),
+        collective_scope(_Communicator(barriers[0], 0), timeout=PATIENCE_S),
+    ):
+        pass
+
+    assert time.monotonic() - start < SOON_S
 
 
 def test_plain_barrier_long_wait_is_logged_without_names(

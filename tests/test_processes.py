@@ -170,7 +170,7 @@ def _announce_at_barrier(name: str) -> None:
             frame = sys._current_frames().get(main or 0)  # noqa: SLF001  (the way to)
             # Once in thousands of looks, under load, CPython 3.11 gives something that is no frame.
             is_there = isinstance(frame, FrameType) and frame.f_code.co_filename.endswith(
-                "collective_scope/_barrier.py"
+                "collective_scope/_store_thread.py"
             )
             count = count + 1 if is_there else 0
             time.sleep(0.002)  # The place of another thread cannot be waited for.
@@ -1258,7 +1258,7 @@ logging.disable(logging.CRITICAL)
 
 def at_barrier():
     frame = sys._current_frames()[threading.main_thread().ident]
-    return frame.f_code.co_filename.endswith("collective_scope/_barrier.py")
+    return frame.f_code.co_filename.endswith("collective_scope/_store_thread.py")
 
 
 def interrupt_at_barrier():

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -21,7 +21,7 @@ from ._lookout import CLOSED, FIRST_CHECK_S, LINGER_S, WARN_AFTER_S, Lookout, wa
 from ._outcome import Outcome, Record, Verdict, judge
 from ._process import NOBODY, Place, Process, me
 from ._protocol import Protocol, Wait
-from ._store_thread import Done, Failed, Job, StoreThread, knock
+from ._store_thread import Done, Failed, Job, StoreThread, knock, next_reply
 from ._watcher import POLL_S, Watcher
 
 
@@ -108,7 +108,7 @@ class Barrier:
             return self._unreachable(mine, 0.0, self._gone)
         try:
             replies = self._ask(functools.partial(self._protocol.attend, mine, wait))
-            reply = _get(replies, start + FIRST_CHECK_S)
+            reply = next_reply(replies, start + FIRST_CHECK_S)
             if isinstance(reply, Done):
                 verdict = cast("Verdict", reply.value)  # as fast as this if all are here
             else:
@@ -151,7 +151,7 @@ class Barrier:
         if self.world_size > 1 and not self._has_greeted:
             self._has_greeted = True
             until = time.monotonic() + GRACE_S
-            _get(self._ask(lambda _: None), until)
+            next_reply(self._ask(lambda _: None), until)
             while self.watcher is not None and not self.watcher.server and time.monotonic() < until:
                 time.sleep(POLL_S / 20)
 
@@ -205,7 +205,7 @@ class Barrier:
             if time.monotonic() > limit:
                 self._helper = None
                 return self._without_store(lookout, TimeoutError())
-            reply = _get(replies, min(limit, warn_at))
+            reply = next_reply(replies, min(limit, warn_at))
         if isinstance(reply, Done):
             return cast("Verdict", reply.value)
         if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
@@ -225,7 +225,7 @@ class Barrier:
         second.decided = lookout.decided
         replies = self._ask(functools.partial(self._protocol.read, lookout.mine, wait))
         try:
-            verdict = self._await(replies, _get(replies, now + FIRST_CHECK_S), second)
+            verdict = self._await(replies, next_reply(replies, now + FIRST_CHECK_S), second)
         finally:
             second.over = True
         assert verdict is not None  # noqa: S101  (only attend() leaves it open)
@@ -291,14 +291,6 @@ class Barrier:
             timeout=waited,
             reason=_report.store_trouble(server, silence, error if gone else None),
         )
-
-
-def _get(replies: SimpleQueue[Any], until: float) -> Any:
-    """Return the next reply, or None if there is none until then, on the monotonic clock."""
-    try:
-        return replies.get(timeout=max(0.0, until - time.monotonic()))
-    except Empty:
-        return None
 
 
 def _limit(lookout: Lookout) -> float:

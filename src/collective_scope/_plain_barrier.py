@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from . import _report
 from ._lookout import WARN_AFTER_S, warning_times
 from ._outcome import Record, Verdict
-from ._store_thread import Failed, StoreThread
+from ._store_thread import Failed, StoreThread, next_reply
 
 
 if TYPE_CHECKING:
@@ -90,14 +90,13 @@ class PlainBarrier:
         warnings = warning_times(start, warn_after)
         while True:
             until = min(limit, next(warnings))
-            try:
-                last = self._entered.get(timeout=max(0.0, until - time.monotonic()))
+            last = next_reply(self._entered, until)
+            if last is not None:
                 break
-            except Empty:
-                if until == limit:
-                    return False
-                waited = time.monotonic() - start
-                logger.warning("%s", _report.waiting_blindly(scope, self.rank, waited, "the group has no store"))
+            if until == limit:
+                return False
+            waited = time.monotonic() - start
+            logger.warning("%s", _report.waiting_blindly(scope, self.rank, waited, "the group has no store"))
         self._entered = None
         if isinstance(last, Failed):
             raise last.error

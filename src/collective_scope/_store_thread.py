@@ -42,6 +42,9 @@ MOST_STALE = 10_000
 FAREWELL_S = 0.5
 """How long whoever drops the last reference to a thread waits for what it does at last; a frozen store takes no longer."""
 
+SIGNALS_S = 0.5
+"""How long a signal may have to wait for its handler while the main thread waits for a reply."""
+
 CONNECT_S = 1.0
 """How long it takes to see that nobody listens."""
 
@@ -103,14 +106,29 @@ class StoreThread:
         Raises:
             TimeoutError: If it did not finish within *timeout* seconds. It may still do so later.
         """
-        try:
-            last = self.submit(job).get(timeout=timeout)
-        except Empty:
+        last = next_reply(self.submit(job), time.monotonic() + timeout)
+        if last is None:
             msg = f"the store did not answer within {timeout:.1f} s"
-            raise TimeoutError(msg) from None
+            raise TimeoutError(msg)
         if isinstance(last, Failed):
             raise last.error
         return last.value
+
+
+def next_reply(replies: SimpleQueue[Any], until: float) -> Any:
+    """
+    Return the next reply, or None if there is none until then, on the monotonic clock.
+
+    Looks up now and then: a signal that comes a moment before the wait begins,
+    or to another thread, does not end it, and its handler runs when it ends.
+    """
+    while True:
+        left = until - time.monotonic()
+        try:
+            return replies.get(timeout=max(0.0, min(left, SIGNALS_S)))
+        except Empty:
+            if left <= SIGNALS_S:
+                return None
 
 
 def _dismiss(thread: threading.Thread, jobs: SimpleQueue[Item], farewell: list[Job]) -> None:
