@@ -1151,8 +1151,11 @@ def _repeat(rank: int, world_size: int, count: int, how: str) -> tuple[int, int,
                 scope.cleanup(int)
                 if i % 2:
                     scope.collective_cleanup(int)
-                if how == "failing" and i % 3 == rank:
+                if how != "healthy" and i % 3 == rank:
                     _raise(ValueError("all the time"))
+                if how == "failing around it":
+                    with collective_scope(name="nested", timeout=20.0):
+                        pass
 
     group = dist.group.WORLD
     assert group is not None
@@ -1176,6 +1179,9 @@ def _repeat(rank: int, world_size: int, count: int, how: str) -> tuple[int, int,
     [
         pytest.param("2", 2_000, "healthy", id="2000"),
         pytest.param("2", 200, "failing", id="200-failing"),
+        pytest.param("2", 50, "failing around it", id="50-failing-around-it"),
+        pytest.param("process", 50, "failing around it", id="50-failing-around-it-elsewhere"),
+        pytest.param("file", 50, "failing around it", id="50-failing-around-it-on-a-file"),
         pytest.param("file", 50, "healthy", id="50-on-a-file"),
         pytest.param("file", 50, "failing", id="50-failing-on-a-file"),
         pytest.param("2", 100_000, "healthy", id="100000", marks=pytest.mark.long),

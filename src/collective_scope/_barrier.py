@@ -68,6 +68,8 @@ class Barrier:
     _has_greeted: bool = attrs.field(default=False, init=False)
     _gone: RuntimeError | None = attrs.field(default=None, init=False)
     """Why there is no store any more."""
+    _over: Verdict | None = attrs.field(default=None, init=False)
+    """The verdict of a scope that ended while this rank was in one within it, until this rank leaves it."""
     _thread: StoreThread | None = attrs.field(default=None, init=False)
     _helper: StoreThread | None = attrs.field(default=None, init=False)
 
@@ -86,6 +88,11 @@ class Barrier:
         """
         Tell the peers *mine* and wait for the verdict, the same on every rank.
 
+        The verdict is of another scope where a rank that failed did not come to
+        the one that its peers are in. If that is one within this one, this rank
+        is to arrive again, in the next round; if it is one around this one, it
+        is over, and so is this one: then nobody is waited for until it is left.
+
         Collective:
             Every rank of the group arrives at the same rounds in the same order.
 
@@ -96,6 +103,8 @@ class Barrier:
             heartbeat_timeout: Seconds without a heartbeat after which a rank on another machine counts as lost.
             warn_after: Seconds until this rank first logs whom it waits for.
         """
+        if self._over is not None and (over := self._take_over(mine)) is not None:
+            return over
         self._fill_in(mine)
         start, wait = time.monotonic(), Wait()
         lookout: Lookout | None = None
@@ -127,7 +136,11 @@ class Barrier:
             if lookout is not None:
                 lookout.over = True
         self.in_step = verdict.complete
-        return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
+        if self.global_ranks:
+            verdict = attrs.evolve(verdict, global_ranks=self.global_ranks)
+        if not self.in_step and verdict.id in mine.enclosing and not verdict.names:
+            self._over = verdict
+        return verdict
 
     def publish(self, mine: Record) -> None:
         """
@@ -136,7 +149,7 @@ class Barrier:
         Does not wait for the store: a frozen one must not delay the cleanups.
         *mine* is filled in as by `arrive`, and made one that has not arrived.
         """
-        if self.world_size > 1 and self._gone is None:
+        if self.world_size > 1 and self._gone is None and not self._is_over(mine):
             self._fill_in(mine)
             mine.arrived = False
             self._ask(functools.partial(self._protocol.publish, mine))
@@ -166,6 +179,16 @@ class Barrier:
         return places
 
     # What follows runs on the thread that called arrive().
+
+    def _is_over(self, mine: Record) -> bool:
+        return self._over is not None and self._over.id in (mine.id, *mine.enclosing)
+
+    def _take_over(self, mine: Record) -> Verdict | None:
+        """Return what is known already of a scope that is over; forget it with the outermost."""
+        over = self._over if self._is_over(mine) else None
+        if over is None or over.id == mine.id:
+            self._over = None
+        return over
 
     def _fill_in(self, mine: Record) -> None:
         mine.round, mine.process = self.rounds, me()

@@ -73,8 +73,8 @@ class Failures:
         The body's own exception first, then the cleanups', then what the
         verdict says of the peers; but an interrupt before ordinary errors.
         """
-        peers = errors_of(verdict, rank) if verdict is not None and not verdict.ok else []
         here = [error for _, error in self._raised]
+        peers = errors_of(verdict, rank, failed=bool(here)) if verdict is not None and not verdict.ok else []
         if not here and not peers:
             return None
         interrupt = next((e for e in here if e is not self.body and isinstance(e, _INTERRUPTS)), None)
@@ -89,6 +89,9 @@ class Failures:
         else:
             primary = (here or peers)[0]
         rest = [(phase, e) for phase, e in self._raised if e is not primary and e not in members]
+        # What a scope within this one raised says it already, if it was this one that was over.
+        if primary is self.body and getattr(primary, "verdict", None) is verdict:
+            peers = []
         rest += [("at the barrier", error) for error in peers if error is not primary]
         self.attach(primary, rest)
         return primary
@@ -97,8 +100,12 @@ class Failures:
         """Attach *rest*, by default all that was raised here, to what surfaces: as notes and as an attribute."""
         rest = list(self._raised if rest is None else rest)
         # A failure that leaves many nested scopes finds its own echo from the peers at each: told in full once.
-        is_echo = bool(getattr(primary, "collective_scope_errors", ()))
-        texts = [_report.attached(error, phase, in_full=not is_echo) for phase, error in rest]
+        is_left_again = bool(getattr(primary, "collective_scope_errors", ()))
+        echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
+        texts = [
+            _report.attached(error, phase, in_full=not (is_left_again or isinstance(error, echoes)))
+            for phase, error in rest
+        ]
         if self.skipped:
             texts.append(_report.skipped(self.skipped))
         try:
@@ -119,17 +126,17 @@ class Failures:
         self.body = None
 
 
-def errors_of(verdict: Verdict, rank: int) -> list[CollectiveScopeError]:
-    """Return what *verdict* means for *rank*, the most important first."""
+def errors_of(verdict: Verdict, rank: int, *, failed: bool = False) -> list[CollectiveScopeError]:
+    """Return what *verdict* means for *rank*, which *failed* in this scope or did not, the most important first."""
     errors: list[CollectiveScopeError] = []
+    others = [outcome for peer, outcome in verdict.failures.items() if peer != rank]
+    mine = verdict.failures.get(rank) if failed else None
     if verdict.names:
         errors.append(ScopeMismatchError(_report.scopes_differ(verdict), verdict))
     if verdict.lost:
         errors.append(PeerLostError(_report.lost(verdict), verdict))
-    elif verdict.missing or (verdict.reason and not verdict.failures):
+    elif verdict.missing or (verdict.reason and not others and mine is None):
         errors.append(BarrierTimeoutError(_report.missing(verdict), verdict))
-    others = [outcome for peer, outcome in verdict.failures.items() if peer != rank]
-    mine = verdict.failures.get(rank)
     # On a rank that failed itself, only an earlier failure is news: it may be the cause.
     if others and (mine is None or min(o.order or math.inf for o in others) < (mine.order or math.inf)):
         errors.append(PeerFailedError(_report.peers_failed(verdict), verdict))

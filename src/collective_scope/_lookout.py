@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from . import _report
-from ._outcome import Record, Verdict, judge
+from ._outcome import Record, Verdict, judge, split
 from ._process import Place, Process
 from ._protocol import Protocol, Wait, all_ok
 from ._store_thread import ABSENT, Failed, peek
@@ -177,15 +177,13 @@ class Lookout:
         # A rank that has arrived does not leave before there is a verdict: if its process is gone, it is lost too.
         others = [rank for rank in range(self.protocol.world_size) if rank != self.protocol.rank]
         lost = [rank for rank in others if self._is_lost(store, rank, now, beats=rank in missing)]
-        is_mismatch = any(
-            record.round == self.mine.round and record.arrived and record.place != self.mine.place
-            for record in self._records.values()
-        )
-        if not lost and not is_mismatch and now < self.deadline:
+        told = [record for record in self._records.values() if record.round == self.mine.round]
+        is_split = any(split(told, self.mine))
+        if not lost and not is_split and now < self.deadline:
             if now >= self.deadline - ASK_S and not self._asked:
                 self._ask(store, missing)
             return False
-        where = {} if is_mismatch else self._locate(store, {*missing, *lost})
+        where = {} if is_split else self._locate(store, {*missing, *lost})
         lost = [rank for rank in others if rank in lost or (rank in where and where[rank].has_ended)]
         for rank, place in where.items():
             if place.stacks:

@@ -103,6 +103,7 @@ class Record:
         cleanups: Collective cleanups left: name and fingerprint, in the order they would run.
         arrived: False if the rank tells something and has not arrived yet.
         process: Which process the rank is.
+        enclosing: Sequence and name of the scopes around this one on the same group, innermost first.
     """
 
     round: int
@@ -113,6 +114,12 @@ class Record:
     cleanups: tuple[tuple[str, str], ...] = ()
     arrived: bool = True
     process: Process = NOBODY
+    enclosing: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def id(self) -> tuple[int, str]:
+        """What tells the scope from those around it, before it and after it."""
+        return self.sequence, self.scope
 
     @property
     def place(self) -> tuple[str, int, str]:
@@ -125,15 +132,26 @@ class Record:
         p = self.process
         process = (p.host, p.pid, p.start, p.machine)
         return json.dumps(
-            (self.round, self.stage, self.scope, self.sequence, outcome, self.cleanups, self.arrived, process)
+            (
+                self.round,
+                self.stage,
+                self.scope,
+                self.sequence,
+                outcome,
+                self.cleanups,
+                self.arrived,
+                process,
+                self.enclosing,
+            )
         )
 
     @classmethod
     def decode(cls, text: str | bytes) -> Record:
         """Read what `encode` wrote."""
-        t, stage, scope, sequence, outcome, cleanups, arrived, process = json.loads(text)
+        t, stage, scope, sequence, outcome, cleanups, arrived, process, enclosing = json.loads(text)
         outcome = Outcome(*outcome) if outcome else OK
-        return cls(t, stage, scope, sequence, outcome, _pairs(cleanups), arrived, Process(*process))
+        process = Process(*process)
+        return cls(t, stage, scope, sequence, outcome, _pairs(cleanups), arrived, process, _ids(enclosing))
 
 
 NOWHERE: Mapping[int, Place] = {}
@@ -146,7 +164,9 @@ class Verdict:
 
     Attributes:
         scope: Name of the scope.
-        sequence: Serial number of the scope on its group, counted from 0.
+        sequence:
+            Serial number of the scope on its group, counted from 0; scopes within a scope that has been left do
+            not count. -1 for a scope that was entered before there was a group.
         world_size: Number of ranks of the group.
         stage: The round that was decided last, ``"exit"`` for most scopes.
         outcomes: What happened, by rank, for each rank that said so.
@@ -154,6 +174,7 @@ class Verdict:
         missing: Ranks that were not seen at the barrier when the timeout ran out, sorted.
         lost: Ranks whose process, or whose store, is known to be gone, sorted.
         names: By rank: scope name and sequence, if the ranks were at different scopes.
+        outside: By rank: name of a scope around this one, if ranks failed there and so never come to this one.
         cleanups: By rank: names and fingerprints of the collective cleanups, if the ranks disagreed.
         agreed: Collective cleanups that every rank has left, in the order they run.
         pending: Whether some rank has collective cleanups left, so that a further round follows.
@@ -161,6 +182,7 @@ class Verdict:
         where: Where the missing and lost ranks are, as far as they or their host could be asked.
         reason: Why the round ended before its time (the store did not answer, ...); empty otherwise.
         global_ranks: What ranks 0, 1, ... are called in the default group; empty if the same.
+        enclosing: Sequence and name of the scopes around this one on the same group, innermost first.
     """
 
     scope: str
@@ -172,6 +194,7 @@ class Verdict:
     missing: tuple[int, ...] = attrs.field(default=(), converter=_ranks)
     lost: tuple[int, ...] = attrs.field(default=(), converter=_ranks)
     names: Mapping[int, tuple[str, int]] = attrs.field(factory=dict)
+    outside: Mapping[int, str] = attrs.field(factory=dict)
     cleanups: Mapping[int, tuple[tuple[str, str], ...]] = attrs.field(factory=dict)
     agreed: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     pending: bool = False
@@ -179,11 +202,17 @@ class Verdict:
     where: Mapping[int, Place] = NOWHERE
     reason: str = ""
     global_ranks: tuple[int, ...] = attrs.field(default=(), converter=_ranks)
+    enclosing: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def id(self) -> tuple[int, str]:
+        """What tells the scope from those around it, before it and after it."""
+        return self.sequence, self.scope
 
     @property
     def complete(self) -> bool:
         """Whether every rank arrived at the same place."""
-        return not (self.missing or self.lost or self.names or self.reason)
+        return not (self.missing or self.lost or self.names or self.reason or self.outside)
 
     @property
     def failures(self) -> dict[int, Outcome]:
@@ -201,6 +230,7 @@ class Verdict:
             "missing": self.missing,
             "lost": self.lost,
             "at different scopes": self.names,
+            "in a scope around it": self.outside,
             "with different cleanups": self.cleanups,
         }
         texts = [f"{what}: {', '.join(map(str, sorted(ranks)))}" for what, ranks in parts.items() if ranks]
@@ -216,6 +246,8 @@ class Verdict:
         # JSON has neither integer keys nor tuples.
         fields["outcomes"] = {int(rank): Outcome(**o) for rank, o in fields["outcomes"].items()}
         fields["names"] = {int(rank): (str(n), int(s)) for rank, (n, s) in fields["names"].items()}
+        fields["outside"] = {int(rank): name for rank, name in fields["outside"].items()}
+        fields["enclosing"] = _ids(fields["enclosing"])
         fields["where"] = {int(rank): Place.of(place) for rank, place in fields["where"].items()}
         fields["cleanups"] = {int(rank): _pairs(c) for rank, c in fields["cleanups"].items()}
         return cls(**fields)
@@ -245,7 +277,11 @@ def judge(
     """
     told = {rank: r for rank, r in sorted(records.items()) if r.round == mine.round}
     arrived = {rank: r for rank, r in told.items() if r.arrived}
-    mismatch = len({r.place for r in arrived.values()}) > 1
+    ended, mismatch = split(told.values(), mine)
+    if reason:
+        ended = None  # a rank ends its own scope: it does not come again, and those within that are over, too
+    outside = {rank: r.scope for rank, r in told.items() if r.id != ended.id} if ended is not None else {}
+    mine = ended or mine
     lists = {rank: r.cleanups for rank, r in arrived.items()}
     agreed = agree(lists.values())
     return Verdict(
@@ -257,16 +293,38 @@ def judge(
         outcomes={rank: r.outcome for rank, r in told.items()},
         arrived=arrived,
         # At a mismatch, a loss or an interrupt, nobody waited for the ranks that are not here yet.
-        missing=() if mismatch or lost or reason else [rank for rank in range(world_size) if rank not in arrived],
+        missing=()
+        if mismatch or outside or lost or reason
+        else [rank for rank in range(world_size) if rank not in arrived],
         lost=lost,
         where={rank: place for rank, place in where.items() if rank in lost or rank not in arrived},
         names={rank: (_place(r, told.values()), r.sequence) for rank, r in arrived.items()} if mismatch else {},
-        cleanups=lists if len(set(lists.values())) > 1 else {},
+        outside=outside,
+        cleanups=lists if len(set(lists.values())) > 1 and not outside else {},
         agreed=agreed,
         pending=any(lists.values()),
         timeout=timeout,
         reason=reason,
+        enclosing=mine.enclosing,
     )
+
+
+def split(told: Iterable[Record], mine: Record) -> tuple[Record | None, bool]:
+    """
+    Find out, from what is *told* in one round, whether the ranks can still meet in it.
+
+    Returns:
+        A record of the innermost scope in which a rank is, if a rank has failed in a scope around that one: it will
+        not come to it, and the round is the inner scope's, which ends with it. None otherwise.
+        And whether the ranks are at different scopes for no such reason.
+    """
+    told = [mine, *told]
+    last = max(told, key=lambda r: r.sequence)
+    around = [r for r in told if r.id in last.enclosing]
+    places = {r.place for r in told if r.arrived}
+    if any(not r.outcome.ok for r in around) and places <= {last.place, *(r.place for r in around)}:
+        return last, False
+    return None, len(places) > 1
 
 
 def _place(record: Record, records: Iterable[Record]) -> str:
@@ -319,3 +377,7 @@ def shorten(text: str, limit: int) -> str:
 
 def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
     return tuple((str(name), str(mark)) for name, mark in value)
+
+
+def _ids(value: Any) -> tuple[tuple[int, str], ...]:
+    return tuple((int(sequence), str(name)) for sequence, name in value)

@@ -141,8 +141,8 @@ class Protocol:
     """Whether the store's server tells who waits for a key of it; other stores look for it again and again."""
     _told: str = attrs.field(default="", init=False)
     """The record of this rank that is in the store, as far as is known."""
-    _order: tuple[int, int] = attrs.field(default=(-1, 0), init=False)
-    """Sequence of the last scope that failed here, and the place of its failure among all ranks'."""
+    _order: tuple[int, int, int] = attrs.field(default=(-1, -2, 0), init=False)
+    """Sequence of the last scope that failed here, its last round so far, and its place in the order of failures."""
 
     def join(self, store: Store) -> Store:
         """
@@ -294,7 +294,7 @@ class Protocol:
         if count // _TOLD & _FIELD == (count & _FIELD) - len(dead):
             # Nobody who still waits for this key takes it for what it says.
             store.set(f"{count_key}/ok", "")
-            keys = [f"{count_key}/ok", *[count_key] * bool(verdict.names)]
+            keys = [f"{count_key}/ok", *[count_key] * bool(verdict.names or verdict.outside)]
         if self.is_host:
             # The thread that waits for these is let go by its own rank: it alone waits for them.
             for key in self._seen_by_peers(t):
@@ -340,9 +340,12 @@ class Protocol:
 
     def publish(self, mine: Record, store: Store) -> None:
         """Tell that this rank failed, and wake the waiting ones."""
-        if self._order[0] != mine.sequence:
-            self._order = (mine.sequence, store.add("failures", 1))
-        outcome = attrs.evolve(mine.outcome, order=self._order[1])
+        sequence, last, order = self._order
+        # The rounds of a scope follow one another. A later scope may have the sequence of one within an earlier one.
+        if sequence != mine.sequence or mine.round > last + 1:
+            order = store.add("failures", 1)
+        self._order = (mine.sequence, mine.round, order)
+        outcome = attrs.evolve(mine.outcome, order=order)
         self.tell(attrs.evolve(mine, outcome=outcome), store)
         store.add(_count_key(mine), _SPOILED)
         set_first(store, f"{mine.round}/news", "failed")

@@ -48,10 +48,17 @@ def peers_failed(verdict: Verdict) -> str:
     who = _ranks(verdict, sorted(verdict.failures))
     which = f", rank {first} first" if len(ordered) > 1 else ""
     what = one_line(outcome.type_name, outcome.message)
-    head = f"{who} of {verdict.world_size} failed in scope {verdict.scope!r}{which}: {what}"
+    places = {verdict.outside.get(rank) for rank in verdict.failures}
+    where = f"scope {verdict.scope!r}"
+    if verdict.outside:
+        around = f"scope {name!r} around it" if (name := verdict.outside.get(first)) else "one around it"
+        where = f"scope {verdict.outside[first]!r}, around {where}" if len(places) == 1 else f"{where} or {around}"
+    head = f"{who} of {verdict.world_size} failed in {where}{which}: {what}"
     lines = [head, *_outcomes(verdict)]
     if verdict.reason:
         lines.append(f"  {verdict.reason}")
+    if verdict.stage == "entry":
+        lines.append("  The body of this scope was not run.")
     lines.append(f"  rank {first}, {outcome.phase}:")
     lines += [f"    {line}" for line in outcome.traceback.rstrip().splitlines()]
     return "\n".join(lines)
@@ -134,6 +141,11 @@ def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
 def skipped(cleanups: Iterable[object]) -> str:
     """Mention collective cleanups that nobody may run alone."""
     return "Not run, because the ranks could not agree to run it together: " + ", ".join(map(str, cleanups))
+
+
+def not_entered(scope: str) -> str:
+    """Say that a scope was refused because one around it is over."""
+    return f"The body of scope {scope!r} was not run."
 
 
 def stopped_waiting(rank: int, exc: BaseException) -> str:

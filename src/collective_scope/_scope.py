@@ -85,7 +85,7 @@ class CollectiveScope(Registry):
 
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _kept: Any = attrs.field(default=None, init=False)
-    _sequence: int = attrs.field(default=0, init=False)
+    _sequence: int = attrs.field(default=-1, init=False)
     _parent: CollectiveScope | None = attrs.field(default=None, init=False)
     _told: BaseException | None = attrs.field(default=None, init=False)
     """What an inner scope raised; it is logged already."""
@@ -140,6 +140,10 @@ class CollectiveScope(Registry):
             msg = "a scope guards one 'with' block; make a new one, or use it as a decorator"
             raise RuntimeError(msg)
         self._find_barrier()
+        if self._barrier is not None:
+            self._sequence = self._barrier.scopes
+            self._barrier.scopes += 1
+        self._parent = _current.get()
         self._state = "in the body"
         enter(self._mark)
         if self._deadline is not None:
@@ -147,7 +151,6 @@ class CollectiveScope(Registry):
         if self._barrier is not None and not self._barrier.in_step:
             self._check_entry()
         self._mark.set("in the body of")
-        self._parent = _current.get()
         _current.set(self)
         if self._lockstep_gc:
             self._gc_was_enabled = gc.isenabled()
@@ -190,6 +193,9 @@ class CollectiveScope(Registry):
             each.release()
         self._held.clear()
         self._failures.clear()
+        if self._barrier is not None:
+            # A rank that failed has not entered the scopes within this one that its peers have: they do not count.
+            self._barrier.scopes = self._sequence + 1
         self._told = self._parent = self._barrier = self._kept = None
 
     def _find_barrier(self) -> None:
@@ -200,8 +206,6 @@ class CollectiveScope(Registry):
         if self._group_barrier or self._cleanups.collective():
             refuse_without_store(barrier)
         self._barrier, self._kept = barrier, kept
-        self._sequence = barrier.scopes
-        barrier.scopes += 1
         barrier.greet()
         if self._group_barrier and barrier.world_size > 1:
             # At the bottom of the stack: the last collective thing that the ranks agree on.
@@ -211,22 +215,25 @@ class CollectiveScope(Registry):
     def _check_entry(self) -> None:
         """After a round that somebody missed, no body may start before all have left the earlier one."""
         assert self._barrier is not None  # noqa: S101  (for the type checker)
-        refusal: BaseException | None
+        refusal: BaseException
         try:
             self.verdict = self._arrive("entry")
-            refusal = None if self.verdict.complete else errors_of(self.verdict, self._barrier.rank)[0]
+            if self.verdict.complete:
+                return
+            refusal = errors_of(self.verdict, self._barrier.rank)[0]
+            if self.verdict.stage != "entry":
+                refusal.add_note(_report.not_entered(self.name))
         except BaseException as interrupt:
             refusal = interrupt
-        if refusal is not None:
-            # The body never starts, but what was given to the scope is cleaned up.
-            self._state = "in the teardown"
-            self._run_rest()
-            self._failures.attach(refusal)
-            self._end()
-            try:
-                raise refusal
-            finally:
-                del refusal  # this frame is in its traceback: no cycle
+        # The body never starts, but what was given to the scope is cleaned up.
+        self._state = "in the teardown"
+        self._run_rest()
+        self._failures.attach(refusal)
+        self._end()
+        try:
+            raise refusal
+        finally:
+            del refusal  # this frame is in its traceback: no cycle
 
     # The teardown, in the order in which things happen.
 
@@ -272,7 +279,11 @@ class CollectiveScope(Registry):
             try:
                 for cleanup in self._cleanups.local():
                     self._run(cleanup)
-                return self._arrive(stage)
+                verdict = self._arrive(stage)
+                if (self._sequence, self.name) not in verdict.enclosing or verdict.names:
+                    return verdict
+                # It is of a scope within this one, to which this rank did not come. Its peers are yet to come to this one.
+                rounds = self._barrier.rounds
             except BaseException as error:
                 if isinstance(error, Exception) or self._barrier.rounds > rounds:
                     raise  # no interrupt, or one that the barrier has told the peers of
@@ -335,7 +346,19 @@ class CollectiveScope(Registry):
         )
 
     def _record(self, stage: str, cleanups: tuple[tuple[str, str], ...] = ()) -> Record:
-        return Record(0, stage, self.name, self._sequence, self._failures.outcome, cleanups)
+        record = Record(0, stage, self.name, self._sequence, self._failures.outcome, cleanups)
+        if self._parent is not None:
+            record.enclosing = self._enclosing()
+        return record
+
+    def _enclosing(self) -> tuple[tuple[int, str], ...]:
+        """Return what peers know the scopes around this one by, those included that will have found the group at exit."""
+        scope, found = self._parent, []
+        while scope is not None:
+            if scope._barrier is None or scope._barrier is self._barrier:  # noqa: SLF001  (a scope too)
+                found.append((scope._sequence, scope.name))  # noqa: SLF001
+            scope = scope._parent  # noqa: SLF001
+        return tuple(found)
 
     def _fingerprint(self, key: str, cleanup: Cleanup) -> str:
         if cleanup.fingerprint is None:
