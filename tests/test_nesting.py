@@ -269,6 +269,42 @@ def test_scope_in_one_that_was_entered_without_a_group_ends_with_it() -> None:
             assert outer.complete
 
 
+def _worker_that_calls_itself(rank: int, world_size: int) -> Any:
+    raised: list[Any] = []
+
+    @collective_scope(timeout=20.0)
+    def worker(depth: int) -> None:
+        if depth == 0:
+            here().init_process_group()
+            if rank == 1:
+                raise _error
+            return
+        try:
+            worker(depth - 1)
+        except (ValueError, PeerFailedError) as error:
+            raised.append(error)
+            raise
+
+    try:
+        worker(2)
+    except (ValueError, PeerFailedError) as error:
+        raised.append(error)
+    with collective_scope(name="next", timeout=20.0) as following:
+        pass
+    dist.destroy_process_group()
+    return [type(error).__name__ for error in raised], following.verdict, world_size
+
+
+def test_scope_of_a_function_that_calls_itself_before_there_is_a_group_ends_with_the_others() -> None:
+    """Scopes of the same name that were entered without a group are told apart by nothing: each ends once."""
+    with RankPool(3, init=False) as pool:
+        results = values(pool.run(_worker_that_calls_itself, timeout=60.0))
+
+    for rank, (raised, following, _) in enumerate(results):
+        assert following.ok
+        assert 3 * ["ValueError" if rank == 1 else "PeerFailedError"] == raised
+
+
 # Where the order of things matters
 
 

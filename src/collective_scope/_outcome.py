@@ -319,7 +319,7 @@ def split(told: Iterable[Record], mine: Record) -> tuple[Record | None, bool]:
         And whether the ranks are at different scopes for no such reason.
     """
     told = [mine, *told]
-    last = max(told, key=lambda r: r.sequence)
+    last = max(told, key=lambda r: (r.sequence, len(r.enclosing)))
     around = [r for r in told if r.id in last.enclosing]
     places = {r.place for r in told if r.arrived}
     if any(not r.outcome.ok for r in around) and places <= {last.place, *(r.place for r in around)}:

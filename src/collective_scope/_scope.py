@@ -358,7 +358,8 @@ class CollectiveScope(Registry):
             if scope._barrier is None or scope._barrier is self._barrier:  # noqa: SLF001  (a scope too)
                 found.append((scope._sequence, scope.name))  # noqa: SLF001
             scope = scope._parent  # noqa: SLF001
-        return tuple(found)
+        # As long as there is no group, a function that calls itself is in several scopes that nothing tells apart.
+        return tuple(each for each in found if each != (self._sequence, self.name))
 
     def _fingerprint(self, key: str, cleanup: Cleanup) -> str:
         if cleanup.fingerprint is None:
