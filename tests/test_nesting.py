@@ -8,6 +8,7 @@ First over real processes, cell by cell; then, where the order of things matters
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -261,48 +262,51 @@ def test_scope_in_one_that_was_entered_without_a_group_ends_with_it() -> None:
 
     for rank, (verdicts, following, _) in enumerate(results):
         assert following.ok
-        assert following.sequence == 0
+        assert 1 == following.sequence
         if rank != 1:
             inner, outer = verdicts
             assert {1: outer.scope} == inner.outside
-            assert -1 == outer.sequence
+            assert [1, 0] == [inner.sequence, outer.sequence]
             assert outer.complete
 
 
-def _worker_that_calls_itself(rank: int, world_size: int) -> Any:
-    raised: list[Any] = []
+def _worker_that_calls_itself(rank: int, world_size: int, made_at: int) -> Any:
+    raised: list[str] = []
 
     @collective_scope(timeout=20.0)
     def worker(depth: int) -> None:
-        if depth == 0:
+        if depth == made_at:
             here().init_process_group()
             if rank == 1:
                 raise _error
-            return
+        if depth < world_size - 1:
+            leave(depth + 1)
+
+    def leave(depth: int) -> None:
         try:
-            worker(depth - 1)
+            worker(depth)
         except (ValueError, PeerFailedError) as error:
-            raised.append(error)
+            raised.append(type(error).__name__)
             raise
 
-    try:
-        worker(2)
-    except (ValueError, PeerFailedError) as error:
-        raised.append(error)
+    with contextlib.suppress(ValueError, PeerFailedError):
+        leave(0)
     with collective_scope(name="next", timeout=20.0) as following:
         pass
     dist.destroy_process_group()
-    return [type(error).__name__ for error in raised], following.verdict, world_size
+    return raised, following.verdict
 
 
-def test_scope_of_a_function_that_calls_itself_before_there_is_a_group_ends_with_the_others() -> None:
-    """Scopes of the same name that were entered without a group are told apart by nothing: each ends once."""
+@pytest.mark.parametrize("made_at", range(3))
+def test_scope_of_a_function_that_calls_itself_ends_with_the_others_wherever_the_group_is_made(made_at: int) -> None:
+    """Scopes of one name, entered with a group or without, are told apart: each ends once, on all ranks alike."""
     with RankPool(3, init=False) as pool:
-        results = values(pool.run(_worker_that_calls_itself, timeout=60.0))
+        results = values(pool.run(_worker_that_calls_itself, made_at, timeout=60.0))
 
-    for rank, (raised, following, _) in enumerate(results):
+    for rank, (raised, following) in enumerate(results):
         assert following.ok
-        assert 3 * ["ValueError" if rank == 1 else "PeerFailedError"] == raised
+        assert 1 == following.sequence
+        assert raised == ((made_at + 1) * ["ValueError"] if rank == 1 else 3 * ["PeerFailedError"])
 
 
 # Where the order of things matters

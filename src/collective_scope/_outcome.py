@@ -165,8 +165,8 @@ class Verdict:
     Attributes:
         scope: Name of the scope.
         sequence:
-            Serial number of the scope on its group, counted from 0; scopes within a scope that has been left do
-            not count. -1 for a scope that was entered before there was a group.
+            Serial number of the scope on its group, counted from 0. Scopes within a scope that has been left do
+            not count.
         world_size: Number of ranks of the group.
         stage: The round that was decided last, ``"exit"`` for most scopes.
         outcomes: What happened, by rank, for each rank that said so.
@@ -319,7 +319,7 @@ def split(told: Iterable[Record], mine: Record) -> tuple[Record | None, bool]:
         And whether the ranks are at different scopes for no such reason.
     """
     told = [mine, *told]
-    last = max(told, key=lambda r: (r.sequence, len(r.enclosing)))
+    last = max(told, key=lambda r: r.sequence)
     around = [r for r in told if r.id in last.enclosing]
     places = {r.place for r in told if r.arrived}
     if any(not r.outcome.ok for r in around) and places <= {last.place, *(r.place for r in around)}:

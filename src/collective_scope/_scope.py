@@ -85,7 +85,7 @@ class CollectiveScope(Registry):
 
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _kept: Any = attrs.field(default=None, init=False)
-    _sequence: int = attrs.field(default=-1, init=False)
+    _sequence: int = attrs.field(default=0, init=False)
     _parent: CollectiveScope | None = attrs.field(default=None, init=False)
     _told: BaseException | None = attrs.field(default=None, init=False)
     """What an inner scope raised; it is logged already."""
@@ -140,10 +140,10 @@ class CollectiveScope(Registry):
             msg = "a scope guards one 'with' block; make a new one, or use it as a decorator"
             raise RuntimeError(msg)
         self._find_barrier()
-        if self._barrier is not None:
-            self._sequence = self._barrier.scopes
-            self._barrier.scopes += 1
         self._parent = _current.get()
+        self._sequence = self._count()
+        if self._barrier is not None:
+            self._barrier.scopes = self._sequence + 1
         self._state = "in the body"
         enter(self._mark)
         if self._deadline is not None:
@@ -351,6 +351,14 @@ class CollectiveScope(Registry):
             record.enclosing = self._enclosing()
         return record
 
+    def _count(self) -> int:
+        """Return how many scopes this rank has entered before, those included that will have found the group at exit."""
+        scope, found = self._parent, 0
+        while scope is not None:
+            found += scope._barrier is None  # noqa: SLF001  (a scope too)
+            scope = scope._parent  # noqa: SLF001
+        return max(found, self._barrier.scopes) if self._barrier is not None else found
+
     def _enclosing(self) -> tuple[tuple[int, str], ...]:
         """Return what peers know the scopes around this one by, those included that will have found the group at exit."""
         scope, found = self._parent, []
@@ -358,8 +366,7 @@ class CollectiveScope(Registry):
             if scope._barrier is None or scope._barrier is self._barrier:  # noqa: SLF001  (a scope too)
                 found.append((scope._sequence, scope.name))  # noqa: SLF001
             scope = scope._parent  # noqa: SLF001
-        # As long as there is no group, a function that calls itself is in several scopes that nothing tells apart.
-        return tuple(each for each in found if each != (self._sequence, self.name))
+        return tuple(found)
 
     def _fingerprint(self, key: str, cleanup: Cleanup) -> str:
         if cleanup.fingerprint is None:
