@@ -426,6 +426,32 @@ def test_scope_ranks_that_failed_at_different_depths_meet_at_each_scope_that_the
     assert results[2][1][1:] == [None, None]
 
 
+def test_scope_whose_rank_fails_around_it_after_it_has_ended_does_not_wait_for_that_rank() -> None:
+    """One failure around it ends a nested scope; who fails there later is in the verdict of the outer one only."""
+
+    def run(rank: int, barrier: Barrier, sequencer: Sequencer) -> Any:
+        outer, inner = _scope(barrier, "outer"), _scope(barrier, "inner")
+        with contextlib.suppress(ValueError, PeerFailedError), outer:
+            if rank == 1:
+                sequencer.wait_for("inner has ended")
+            if rank:
+                raise _error
+            try:
+                with inner:
+                    pass
+            finally:
+                sequencer.announce("inner has ended")
+        return inner.verdict, outer.verdict, _next_ones(barrier)
+
+    results = meet(3, run)
+
+    (inner, *_), *_ = results
+    assert ({2: "outer"}, {0, 2}) == (inner.outside, set(inner.outcomes))
+    for _, outer, following in results:
+        assert (True, {0, 1, 2}) == (outer.complete, set(outer.failures))
+        assert following == _HEALTHY
+
+
 def test_scope_whose_rank_gave_up_around_it_ends_with_that_verdict() -> None:
     """A body that outlasts the wait of a rank that failed around it: its rank learns so, and is waited for at the next."""
     events: list[str] = []
@@ -621,10 +647,10 @@ def test_scope_any_nesting_gives_one_verdict_to_all_that_were_in_it_and_the_next
         # Its own, or that of a scope around it that was over first.
         assert f"{path}.".startswith(f"{verdicts[0].scope}.")
         who = [rank for rank, (seen, *_) in enumerate(results) if verdicts[0].scope in seen]
-        # Nobody is missing or mistaken for being elsewhere, and who was not there is said to be outside.
+        # Nobody is missing or mistaken for being elsewhere, and who had failed and was not there is said to be outside.
         assert (verdicts[0].missing, verdicts[0].lost, verdicts[0].names, verdicts[0].reason) == ((), (), {}, "")
-        assert set(range(3)) - set(who) <= set(verdicts[0].outside)
-        assert not verdicts[0].ok or who == [0, 1, 2]
+        assert set(verdicts[0].outcomes) - set(who) == set(verdicts[0].outside)
+        assert verdicts[0].outside or who == [0, 1, 2]
     for number in range(len(nodes)):
         verdict = results[0][0][str(number)][0]
         assert verdict.complete

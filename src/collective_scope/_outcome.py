@@ -174,7 +174,7 @@ class Verdict:
         missing: Ranks that were not seen at the barrier when the timeout ran out, sorted.
         lost: Ranks whose process, or whose store, is known to be gone, sorted.
         names: By rank: scope name and sequence, if the ranks were at different scopes.
-        outside: By rank: name of a scope around this one, if ranks failed there and so never come to this one.
+        outside: By rank: name of a scope around this one, if ranks said that they failed there: they never come to this one.
         cleanups: By rank: names and fingerprints of the collective cleanups, if the ranks disagreed.
         agreed: Collective cleanups that every rank has left, in the order they run.
         pending: Whether some rank has collective cleanups left, so that a further round follows.
