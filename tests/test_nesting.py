@@ -266,8 +266,52 @@ def test_scope_in_one_that_was_entered_without_a_group_ends_with_it() -> None:
         if rank != 1:
             inner, outer = verdicts
             assert {1: outer.scope} == inner.outside
-            assert [1, 0] == [inner.sequence, outer.sequence]
+            assert [0, 0] == [inner.sequence, outer.sequence]
             assert outer.complete
+
+
+def _worker_that_fails_twice(rank: int, world_size: int) -> Any:  # noqa: ARG001  (given to all that ranks run)
+    inner = collective_scope(name="inner", timeout=20.0)
+    try:
+        with collective_scope(name="outer", timeout=20.0):
+            here().init_process_group()
+            with contextlib.suppress(ValueError, PeerFailedError), inner:
+                if rank == 1:
+                    raise _error
+            if rank == 1:
+                raise _error
+    except PeerFailedError as error:
+        return [verdict.failures[1].order for verdict in (inner.verdict, error.verdict) if verdict is not None]
+    except ValueError:
+        return None
+    finally:
+        dist.destroy_process_group()
+
+
+def test_scope_without_a_group_failing_after_one_within_it_failed_comes_after_that() -> None:
+    """Both are the first on the group, and still two failures, of which one was first."""
+    with RankPool(3, init=False) as pool:
+        assert [[1, 2], None, [1, 2]] == values(pool.run(_worker_that_fails_twice, timeout=60.0))
+
+
+def _worker_that_is_the_driver_on_rank_0(rank: int, world_size: int) -> Any:
+    with collective_scope(name="driver", timeout=20.0) if rank == 0 else contextlib.nullcontext():
+        here().init_process_group()
+        scopes = [collective_scope(name=name, timeout=20.0) for name in ("first", "second")]
+        for scope in scopes:
+            with scope:
+                pass
+        dist.destroy_process_group()
+    return [scope.verdict for scope in scopes], world_size
+
+
+def test_scope_in_one_of_the_driver_only_is_the_same_as_on_the_others() -> None:
+    """A scope that one rank's process is in before it makes the group, and after that is gone, is nothing to its peers."""
+    with RankPool(3, init=False) as pool:
+        results = values(pool.run(_worker_that_is_the_driver_on_rank_0, timeout=60.0))
+
+    for verdicts, _ in results:
+        assert [("first", 0, True), ("second", 1, True)] == [(each.scope, each.sequence, each.ok) for each in verdicts]
 
 
 def _worker_that_calls_itself(rank: int, world_size: int, made_at: int) -> Any:

@@ -299,6 +299,20 @@ def test_judge_place_of_a_rank_that_only_published_is_no_mismatch() -> None:
     assert ({}, (1,)) == (verdict.names, verdict.missing)
 
 
+@pytest.mark.parametrize("judges", [0, 1])
+@pytest.mark.parametrize(("outer", "inner"), [(4, 5), (0, 0)], ids=["on-a-group", "that-made-the-group"])
+def test_judge_failure_around_the_scope_of_others_ends_that_whoever_judges(judges: int, outer: int, inner: int) -> None:
+    """The innermost scope is the one that none of the others is in, also where its sequence does not tell."""
+    records = {
+        0: _record(scope="inner", sequence=inner, enclosing=((outer, "outer"),)),
+        1: _record(scope="outer", sequence=outer, outcome=_FAILED),
+    }
+
+    verdict = judge(records, records[judges], 2)
+
+    assert ("inner", inner, {1: "outer"}, {}) == (verdict.scope, verdict.sequence, verdict.outside, verdict.names)
+
+
 def test_judge_reason_ends_a_round_without_missing_ranks() -> None:
     """A round that was ended for a reason is incomplete, and calls nobody missing."""
     verdict = judge({0: _record()}, _record(), 2, reason="rank 0 stopped waiting")

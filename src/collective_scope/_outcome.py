@@ -319,7 +319,9 @@ def split(told: Iterable[Record], mine: Record) -> tuple[Record | None, bool]:
         And whether the ranks are at different scopes for no such reason.
     """
     told = [mine, *told]
-    last = max(told, key=lambda r: r.sequence)
+    # Not by the sequence alone: a scope that was entered without a group starts from 0, like those within it.
+    surrounding = {each for r in told for each in r.enclosing}
+    last = max((r for r in told if r.id not in surrounding), key=lambda r: r.sequence, default=mine)
     around = [r for r in told if r.id in last.enclosing]
     places = {r.place for r in told if r.arrived}
     if any(not r.outcome.ok for r in around) and places <= {last.place, *(r.place for r in around)}:

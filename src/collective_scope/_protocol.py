@@ -141,8 +141,8 @@ class Protocol:
     """Whether the store's server tells who waits for a key of it; other stores look for it again and again."""
     _told: str = attrs.field(default="", init=False)
     """The record of this rank that is in the store, as far as is known."""
-    _order: tuple[int, int, int] = attrs.field(default=(-1, -2, 0), init=False)
-    """Sequence of the last scope that failed here, its last round so far, and its place in the order of failures."""
+    _order: tuple[tuple[int, str], int, int] = attrs.field(default=((-1, ""), -2, 0), init=False)
+    """Id of the last scope that failed here, its last round so far, and its place in the order of failures."""
 
     def join(self, store: Store) -> Store:
         """
@@ -340,11 +340,11 @@ class Protocol:
 
     def publish(self, mine: Record, store: Store) -> None:
         """Tell that this rank failed, and wake the waiting ones."""
-        sequence, last, order = self._order
+        failed, last, order = self._order
         # The rounds of a scope follow one another. A later scope may have the sequence of one within an earlier one.
-        if sequence != mine.sequence or mine.round > last + 1:
+        if failed != mine.id or mine.round > last + 1:
             order = store.add("failures", 1)
-        self._order = (mine.sequence, mine.round, order)
+        self._order = (mine.id, mine.round, order)
         outcome = attrs.evolve(mine.outcome, order=order)
         self.tell(attrs.evolve(mine, outcome=outcome), store)
         store.add(_count_key(mine), _SPOILED)

@@ -174,8 +174,7 @@ class CollectiveScope(Registry):
             if self._gc_was_enabled:
                 gc.enable()
             if self._parent is not None:
-                # Both are scopes.
-                self._parent._told = error_of_scope  # noqa: SLF001
+                self._parent._told = error_of_scope  # noqa: SLF001  (a scope too)
             self._end()
         if error_of_scope is not None and error_of_scope is not body_error:
             try:
@@ -352,12 +351,13 @@ class CollectiveScope(Registry):
         return record
 
     def _count(self) -> int:
-        """Return how many scopes this rank has entered before, those included that will have found the group at exit."""
-        scope, found = self._parent, 0
-        while scope is not None:
-            found += scope._barrier is None  # noqa: SLF001  (a scope too)
-            scope = scope._parent  # noqa: SLF001
-        return max(found, self._barrier.scopes) if self._barrier is not None else found
+        """Return how many scopes this rank has entered before on the group; 0 as long as there is none."""
+        count = 0 if self._barrier is None else self._barrier.scopes
+        around = () if self._parent is None else self._enclosing()
+        # A function that makes the group, or calls itself before it does, is in scopes that only this tells apart.
+        while (count, self.name) in around:
+            count += 1
+        return count
 
     def _enclosing(self) -> tuple[tuple[int, str], ...]:
         """Return what peers know the scopes around this one by, those included that will have found the group at exit."""
@@ -365,7 +365,7 @@ class CollectiveScope(Registry):
         while scope is not None:
             if scope._barrier is None or scope._barrier is self._barrier:  # noqa: SLF001  (a scope too)
                 found.append((scope._sequence, scope.name))  # noqa: SLF001
-            scope = scope._parent  # noqa: SLF001
+            scope = scope._parent  # noqa: SLF001  (a scope too)
         return tuple(found)
 
     def _fingerprint(self, key: str, cleanup: Cleanup) -> str:
