@@ -1,4 +1,4 @@
-"""What tests of scopes and barriers need where ranks are threads: stores that misbehave, and a way to wait."""
+"""What tests of scopes and barriers need where ranks are threads: groups, stores that misbehave, and a way to wait."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import pytest
+import attrs
 import torch.distributed as dist
 
-from collective_scope import _scope
-from collective_scope._barrier import Barrier
+from collective_scope.agreement.records import Record
 from tests.ranks import Sequencer, run_threads, values
 
 
@@ -23,6 +22,22 @@ Hook = Callable[[str, str], object]
 
 PATIENCE_S = 20.0
 """Far more than anything takes on a busy machine."""
+
+
+@attrs.define(eq=False, weakref_slot=True)
+class RankGroup:
+    """
+    A group whose ranks are threads of this process.
+
+    Attributes:
+        store: The store that they share.
+        rank: One of them.
+        world_size: Their number.
+    """
+
+    store: dist.Store
+    rank: int
+    world_size: int
 
 
 class HookedStore(dist.Store):
@@ -34,8 +49,16 @@ class HookedStore(dist.Store):
         self._hook = hook
 
     def _before(self, method: str, key: str) -> None:
-        # "collective_scope/{world size}/{life}/{key}"; "life" and seats have one part less before them.
-        self._hook(method, key.split("/", 3)[-1])
+        # "collective_scope/{life}/{key}", and "life", "collective_scope/news" and the like as they are.
+        parts = key.split("/", 2)
+        self._hook(method, parts[2] if len(parts) > 2 and parts[1] not in ("news", "beat") else key)
+
+    def clone(self) -> dist.Store:  # noqa: D102
+        return self
+
+    def get(self, key: str) -> bytes:  # noqa: D102
+        self._before("get", key)
+        return self._store.get(key)
 
     def set(self, key: str, value: Any) -> None:  # noqa: D102
         self._before("set", key)
@@ -57,7 +80,7 @@ class HookedStore(dist.Store):
         self._before("wait", keys[0])
         self._store.wait(keys, timeout)
 
-    def deleteKey(self, key: str) -> bool:  # noqa: D102, N802  (the name that torch looks for)
+    def delete_key(self, key: str) -> bool:  # noqa: D102
         self._before("delete_key", key)
         return self._store.delete_key(key)
 
@@ -72,11 +95,18 @@ def wait_until(is_true: Callable[[], bool], timeout: float = PATIENCE_S) -> bool
     return True
 
 
-def is_waiting(store: dist.Store, rank: int, world_size: int, *, round_: int = 0, life: int = 0) -> bool:
+def record_of(store: dist.Store, rank: int) -> Record | None:
+    """Return the latest record of *rank*, as a peer sees it; None if it has told nothing."""
+    if not store.check(["life"]):
+        return None
+    key = f"collective_scope/{store.get('life').decode()}/rank/{rank}"
+    return Record.decode(store.get(key)) if store.check([key]) else None
+
+
+def is_waiting(store: dist.Store, rank: int, stage: str = "exit") -> bool:
     """Whether *rank* is at the barrier, seen from outside."""
-    prefix = f"collective_scope/{world_size}/{life}"
-    key = f"{prefix}/rank/{rank}"
-    return store.check([key]) and f"[{round_}, " in store.get(key).decode()
+    record = record_of(store, rank)
+    return record is not None and record.arrived and record.stage == stage
 
 
 @contextlib.contextmanager
@@ -104,37 +134,15 @@ def interrupted_when(is_time: Callable[[], bool], *, wakes: bool = True) -> Iter
         signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def barriers_as_groups() -> Iterator[None]:
-    """
-    Let `collective_scope` take a `Barrier` as its group.
-
-    A process has one default group, so ranks that are threads cannot each have one.
-    """
-    find_barrier = _scope.find_barrier  # type: ignore[attr-defined]
-
-    def find(group: Any) -> Any:
-        return (group, None) if isinstance(group, Barrier) else find_barrier(group)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_scope, "find_barrier", find)
-        yield
-
-
-def barrier_of(store: dist.Store, rank: int, world_size: int, **options: Any) -> Barrier:
-    """Return the barrier of one rank; options are those of `Barrier`."""
-    return Barrier(lambda: store, rank, world_size, **options)
-
-
 def meet(
-    world_size: int, fn: Callable[[int, Barrier, Sequencer], Any], *, timeout: float = 60.0, **options: Any
+    world_size: int, fn: Callable[[int, RankGroup, Sequencer], Any], *, timeout: float = 60.0, store: Any = None
 ) -> list[Any]:
-    """Call *fn* on each rank, a thread, with a barrier of its own; return what it returned."""
-    kept: list[Barrier] = []  # a group that one rank destroys early is over for ranks that have not come to it yet
+    """Call *fn* on each rank, a thread, with a group of its own; return what it returned."""
+    kept: list[RankGroup] = []  # a group that one rank drops early is left for ranks that have not come to it yet
 
-    def run(rank: int, store: dist.HashStore, sequencer: Sequencer) -> Any:
-        barrier = barrier_of(store, rank, world_size, **options)
-        kept.append(barrier)
-        return fn(rank, barrier, sequencer)
+    def run(rank: int, own: dist.HashStore, sequencer: Sequencer) -> Any:
+        group = RankGroup(store or own, rank, world_size)
+        kept.append(group)
+        return fn(rank, group, sequencer)
 
     return values(run_threads(world_size, run, timeout=timeout))

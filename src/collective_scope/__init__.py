@@ -1,32 +1,26 @@
 """
-Collective teardown for parallel test suites.
+Collective teardown for parallel test suites: the ranks of a group leave each block together.
 
-    with collective_scope(group) as scope:
-        scope.cleanup(free_staging)
-        scope.collective_cleanup(all2all_manager.destroy)
+    from collective_scope import collective_scope
+
+    with collective_scope(group, name=config.id()) as scope:
+        scope.cleanup(log.close)                              # local: runs on this rank, whatever the peers do
+        scope.collective_cleanup(all2all_manager.destroy)     # on all ranks in lockstep, or on none
         run_one_config(config)
+    # here every rank of the group is done cleaning up; or every rank has raised
 
-General layout, each module importing only from those below it:
-
-* ``_api``: the function that users call
-* ``_scope``, ``_registry``: life cycle, teardown, decorator; what a body registers
-* ``_failures``, ``_deadline``: what surfaces; the end of patience
-* ``_groups``: what may be passed as ``group``; all that is asked of torch
-* ``_barrier``, ``_plain_barrier``: arrive, wait with a real bound, verdict
-* ``_lookout``, ``_watcher``: who looks for missing ranks while this one waits; who answers for this one
-* ``_protocol``, ``_store_thread``: what is said in the store; calls to it that can be bounded and interrupted
-* ``_report``: facts in, text out
-* ``_outcome``, ``_process``, ``_cleanups``, ``exceptions``: records, the stack, the errors
+Start with ``help(collective_scope.collective_scope)``. The errors are in ``collective_scope.exceptions``.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import version as _version
 from typing import get_type_hints as _get_type_hints
 
 from . import exceptions
 from ._api import collective_scope
-from ._outcome import Outcome, Verdict
 from ._scope import CollectiveScope, current_scope
+from .agreement.records import Outcome, Verdict
 from .exceptions import (
     BarrierTimeoutError,
     CleanupMismatchError,
@@ -36,6 +30,17 @@ from .exceptions import (
     ScopeMismatchError,
 )
 
+
+# How the files hang together, each importing only from those below it:
+#
+#   _api                    the function that users call, and what it accepts
+#   _scope, _teardown       the life of a scope: entry, decorator; the steps of the exit
+#   _registry, _failures    what a body registers; what went wrong here, and what surfaces
+#   _speaker, _report       what is said in the log while ranks are late; every sentence that a user reads
+#   _groups, _mpi           what may be passed as group; all that is asked of torch and mpi4py
+#   _kill, _cleanups        the end of a process that is stuck; the stack of cleanups
+#   exceptions              the tree of errors
+#   agreement               how the ranks agree on one verdict; imports nothing from here
 
 __all__ = [
     "BarrierTimeoutError",
@@ -51,6 +56,8 @@ __all__ = [
     "current_scope",
     "exceptions",
 ]
+
+__version__ = _version("collective_scope")
 
 for _public in (CollectiveScope, Outcome, Verdict, collective_scope, current_scope):
     # get_type_hints() looks names up in the module, so they are looked up before that changes.

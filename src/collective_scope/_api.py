@@ -8,17 +8,22 @@ import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from numbers import Real
+from typing import Any
 
-from ._barrier import HEARTBEAT_TIMEOUT_S
 from ._groups import GroupLike
-from ._lookout import WARN_AFTER_S
 from ._scope import CollectiveScope
+from ._teardown import Options
+from .agreement.rounds import cap
 
 
 Seconds = float | timedelta
 
 TIMEOUT_S = 300.0
 FAILURE_TIMEOUT_S = 30.0
+WARN_AFTER_S = 10.0
+HEARTBEAT_TIMEOUT_S = 30.0
+
+_UNSET: Any = object()
 
 
 def collective_scope(
@@ -28,12 +33,11 @@ def collective_scope(
     cleanups: Iterable[Callable[[], object]] = (),
     timeout: Seconds | None = None,
     failure_timeout: Seconds | None = None,
-    heartbeat_timeout: Seconds | None = None,
-    warn_after: Seconds | None = None,
-    deadline: Seconds | None = None,
+    warn_after: Seconds | None = _UNSET,
+    kill_after: Seconds | None = None,
+    meet_at_entry: bool = False,
     synchronize: bool = True,
     lockstep_gc: bool = False,
-    group_barrier: bool = False,
 ) -> CollectiveScope:
     """
     Run a body on every rank of *group*, clean up, and leave together.
@@ -45,7 +49,7 @@ def collective_scope(
     3. arrives at the barrier and waits, at most *timeout*, for the verdict of all ranks,
     4. runs the rest of its cleanups, last registered first, the collective ones in lockstep and only if
        all ranks agreed on them, and arrives again; without a collective cleanup, 3 was the end of it,
-    5. runs what was registered with `CollectiveScope.after_barrier`,
+    5. runs what was registered with `CollectiveScope.after_barrier`, if no rank is missing,
     6. returns if every rank arrived and none failed; otherwise raises, like every other rank.
 
     Collective:
@@ -53,11 +57,12 @@ def collective_scope(
 
     Args:
         group:
-            ``None`` (the default group, looked up at entry, or at exit if the
-            body creates it), a ``ProcessGroup``, a ``DeviceMesh`` of one
-            dimension, a ``GroupCoordinator`` as in vLLM and SGLang, an mpi4py
-            communicator, or a function without arguments that returns one of
-            these and is called at entry. On a rank outside of the group, and
+            ``None`` (the default group), a ``ProcessGroup``, a ``DeviceMesh`` of
+            one dimension, a ``GroupCoordinator`` as in vLLM and SGLang, an object
+            with ``store``, ``rank`` and ``world_size``, an mpi4py communicator, or
+            a function without arguments that returns one of these. ``None``, and a
+            function that returns it, are looked up at the entry and, if there is
+            no group yet, again at the exit. On a rank outside of the group, and
             without torch.distributed, cleanups run and there is no barrier.
 
         name:
@@ -74,25 +79,25 @@ def collective_scope(
 
         failure_timeout:
             Longest wait from the moment at which this rank knows that a rank
-            failed, itself included; and, after a barrier that somebody missed,
-            at the entry of the next scope, where *timeout* is the limit if it
-            is shorter. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
-
-        heartbeat_timeout:
-            A rank on another machine counts as lost when nothing was heard of
-            it for this long, in seconds; on this machine, the system tells.
-            Default: ``COLLECTIVE_SCOPE_HEARTBEAT_TIMEOUT``, or 30.
+            failed, itself included; and at an entry, where *timeout* is the
+            limit if it is shorter. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
 
         warn_after:
-            When a rank that waits at the barrier first logs who is missing and
-            where, in seconds; then at 3, 6 and 12 times that, and again every
-            12 times. Default: ``COLLECTIVE_SCOPE_WARN_AFTER``, or 10.
+            When the log first says which ranks are late and where they are, in
+            seconds; then at 3, 6 and 12 times that, and again every 12 times.
+            At the barrier, each rank that waits says it; while all ranks are in
+            their bodies or cleanups, the lowest one says it for all. None
+            switches it off. Default: ``COLLECTIVE_SCOPE_WARN_AFTER``, or 10.
 
-        deadline:
-            Longest time from entry to exit, in seconds. When it runs out, each
-            rank that is still inside logs where everybody is; one that is not
-            at the barrier then writes its stacks to stderr and ends its process
-            with exit code 124. Default: none.
+        kill_after:
+            Longest time from entry to exit, in seconds. When it has passed, a
+            rank that is not at the barrier says on stderr where every rank is,
+            tells its peers, and ends its process with exit code 124. Default: none.
+
+        meet_at_entry:
+            Whether the ranks also meet before the body, so that bodies of
+            different scopes never overlap. Costs a second barrier. After a
+            barrier to which not all ranks came, they meet in any case.
 
         synchronize: Whether to wait for the accelerator before the cleanups.
 
@@ -100,11 +105,9 @@ def collective_scope(
             Keep the cyclic garbage collector off in the body and collect once
             in the teardown, before any cleanup, at the same point on every
             rank. The frames of a failed body lose their locals. A collection
-            takes about 50 ms in a process that has imported torch.
-
-        group_barrier:
-            After a verdict without failures, also wait for the group's own
-            ``dist.barrier``, at most *timeout*, to prove its communicator in step.
+            takes about 50 ms in a process that has imported torch, and half a
+            second in one that has imported vLLM; after one ``gc.freeze()``
+            before the first scope, next to nothing.
 
     Returns:
         A scope to use once, as ``with collective_scope(): ...``, or as a decorator.
@@ -118,7 +121,10 @@ def collective_scope(
     * the body's own exception, unchanged, on the rank that raised it;
     * otherwise the cleanups' error, or an ``ExceptionGroup`` of several;
     * otherwise `PeerFailedError`, `BarrierTimeoutError`, `PeerLostError`,
-      `ScopeMismatchError` or `CleanupMismatchError`.
+      `ScopeMismatchError` or `CleanupMismatchError`;
+    * ``RuntimeError`` if the scope is used against the rules: entered twice, or
+      while another thread of the process is in a scope of the same group, or
+      left out of order or by another thread.
 
     Whatever else went wrong is attached to it, as notes and as the attribute
     ``collective_scope_errors``. A ``KeyboardInterrupt`` or ``SystemExit`` that
@@ -142,18 +148,24 @@ def collective_scope(
     where = f"{caller.f_code.co_filename}:{caller.f_lineno}"
     return CollectiveScope(
         group=group,
-        name=name or os.path.basename(where),  # noqa: PTH119  (cheap; there is no path to handle)
+        name=cap(name) if name else os.path.basename(where),  # noqa: PTH119  (cheap; there is no path to handle)
         is_named=bool(name),
         where=where,
         given=tuple(cleanups),
-        timeout=_seconds("timeout", timeout, TIMEOUT_S),
-        failure_timeout=_seconds("failure_timeout", failure_timeout, FAILURE_TIMEOUT_S),
-        heartbeat_timeout=_seconds("heartbeat_timeout", heartbeat_timeout, HEARTBEAT_TIMEOUT_S),
-        warn_after=_seconds("warn_after", warn_after, WARN_AFTER_S),
-        deadline=None if deadline is None else _seconds("deadline", deadline, math.inf),
-        synchronize=synchronize,
-        lockstep_gc=lockstep_gc,
-        group_barrier=group_barrier,
+        options=Options(
+            timeout=_seconds("timeout", timeout, TIMEOUT_S),
+            failure_timeout=_seconds("failure_timeout", failure_timeout, FAILURE_TIMEOUT_S),
+            warn_after=(
+                None
+                if warn_after is None
+                else _seconds("warn_after", None if warn_after is _UNSET else warn_after, WARN_AFTER_S)
+            ),
+            heartbeat_timeout=_seconds("heartbeat_timeout", None, HEARTBEAT_TIMEOUT_S),
+            kill_after=None if kill_after is None else _seconds("kill_after", kill_after, math.inf),
+            synchronize=synchronize,
+            lockstep_gc=lockstep_gc,
+            meet_at_entry=meet_at_entry,
+        ),
     )
 
 

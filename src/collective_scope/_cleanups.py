@@ -1,29 +1,47 @@
 """
-The stack of cleanups of one scope: what to run, in which order, and what became of it.
+What the body of a scope registers: the stack of its cleanups, and what must not be freed.
 
-Knows nothing of torch or of other ranks.
+Local to a rank; knows nothing of torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Cleanup:
-    """One registered callable."""
+    """
+    One registered function.
+
+    Attributes:
+        call: The function, its arguments included.
+        name: What messages and other ranks call it.
+        where: File and line that registered it.
+        collective: Whether it runs on all ranks or on none.
+        fingerprint: What ranks compare, if it is collective.
+        even_if_missing: Whether it runs after a barrier to which not all came, if it is for after the barrier.
+        begun: Whether it has been called.
+    """
 
     call: Callable[[], object]
     name: str
     where: str
-    """File and line that registered it."""
     collective: bool = False
     fingerprint: Callable[[], object] | None = None
+    even_if_missing: bool = False
+    begun: bool = False
+
+    def run(self) -> None:
+        """Call it."""
+        # One line: an interrupt comes either before both or in the call. Once only, on every path.
+        self.begun = True; self.call()  # noqa: E702  # fmt: skip
 
     def __str__(self) -> str:
         return f"cleanup {self.name!r} (registered at {self.where})"
@@ -34,12 +52,12 @@ class CleanupStack:
     """
     Cleanups, last registered first.
 
-    A cleanup that has been taken stays referenced until `release`: what it
-    holds must not be freed before the barrier (a destructor may be collective).
+    One that has run stays referenced until `clear`: what it holds must not be
+    freed before the barrier (a destructor may be collective).
     """
 
     _waiting: list[Cleanup] = attrs.field(factory=list)
-    _taken: list[Cleanup] = attrs.field(factory=list)
+    _begun: list[Cleanup] = attrs.field(factory=list)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -51,17 +69,12 @@ class CleanupStack:
         """Register *cleanup* as if it had been the first."""
         self._waiting.insert(0, cleanup)
 
-    def take(self) -> Cleanup:
-        """Return the next cleanup to run; from now on it counts as run."""
-        cleanup = self._waiting.pop()
-        self._taken.append(cleanup)
-        return cleanup
-
-    def local(self) -> Iterator[Cleanup]:
-        """Take local cleanups until a collective one, or nothing, is on top."""
-        # Not a snapshot: a cleanup may register further ones while it runs.
-        while self._waiting and not self._waiting[-1].collective:
-            yield self.take()
+    def top(self) -> Cleanup | None:
+        """Return the next cleanup to run."""
+        # Not removed before it has begun: an interrupt between two lines must not lose it.
+        while self._waiting and self._waiting[-1].begun:
+            self._begun.append(self._waiting.pop())
+        return self._waiting[-1] if self._waiting else None
 
     def collective(self) -> dict[str, Cleanup]:
         """
@@ -71,18 +84,28 @@ class CleanupStack:
         occur, counted from the one registered first.
         """
         named: dict[str, Cleanup] = {}
+        counts: dict[str, int] = {}
         for cleanup in self._waiting:
-            if cleanup.collective:
-                key, count = cleanup.name, 1
-                while key in named:
-                    count += 1
-                    key = f"{cleanup.name} #{count}"
-                named[key] = cleanup
+            if cleanup.collective and not cleanup.begun:
+                counts[cleanup.name] = count = counts.get(cleanup.name, 0) + 1
+                named[cleanup.name if count == 1 else f"{cleanup.name} #{count}"] = cleanup
         return dict(reversed(named.items()))
 
-    def release(self) -> None:
-        """Drop every reference to what was run."""
-        self._taken.clear()
+    def clear(self) -> None:
+        """Drop every reference."""
+        self._waiting.clear()
+        self._begun.clear()
+
+
+def keep_for_ever(*objects: object) -> None:
+    """
+    Keep *objects* alive until the process ends, and through its end.
+
+    Their destructors may be collectives, which nobody would answer.
+    """
+    for each in objects:
+        # A reference that nothing drops: at the end of the process, even modules lose what they hold.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
 
 
 def describe(fn: Callable[..., object]) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import traceback
 import unittest
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import attrs
 
 from . import _report
-from ._outcome import OK, Outcome, Verdict, message_of, one_line, type_name
+from ._cleanups import Cleanup
+from .agreement.records import OK, Outcome, Verdict
+from .agreement.text import message_of, one_line, type_name
 from .exceptions import (
     BarrierTimeoutError,
     CleanupMismatchError,
@@ -23,59 +23,66 @@ from .exceptions import (
 )
 
 
-if TYPE_CHECKING:
-    from ._cleanups import Cleanup
-
 logger = logging.getLogger("collective_scope")
 
 _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
+MOST_LINES = 20
+"""Later errors that peers are told of, a line each; the rest is counted."""
+
 
 @attrs.define(eq=False)
 class Failures:
-    """
-    The errors of one scope on one rank, in the order in which they were raised.
+    """The errors of one scope on one rank, in the order in which they were raised."""
 
-    Args:
-        scope: Name of the scope.
-    """
-
-    scope: str
     body: BaseException | None = attrs.field(default=None, init=False)
-    outcome: Outcome = attrs.field(default=OK, init=False)
-    """What peers are told of them."""
     skipped: list[Cleanup] = attrs.field(factory=list, init=False)
-    """Collective cleanups that were not run, for want of an agreement."""
-    _raised: list[tuple[str, BaseException]] = attrs.field(factory=list, init=False)
+    """Cleanups that were not run, for want of an agreement or because a rank is missing."""
+    raised: list[tuple[str, BaseException]] = attrs.field(factory=list, init=False)
+    """Phase and error of each."""
+    _outcome: Outcome = attrs.field(default=OK, init=False)
+    """What was made of the first of them."""
 
-    def add(self, phase: str, error: BaseException, *, rank: int, world_size: int, log: bool = True) -> None:
-        """Note that *error* was raised in *phase*, and log it, before anybody is waited for."""
-        self._raised.append((phase, error))
-        if phase == "body":
-            self.body = error
-        if self.outcome.ok:
-            self.outcome = Outcome.of(error, phase)
-        else:
-            line = f"{phase}: {one_line(type_name(error), message_of(error))}"
-            self.outcome = attrs.evolve(self.outcome, also=(*self.outcome.also, line))
-        if log:
-            level = logging.INFO if _is_skip(error) else logging.ERROR
-            try:
-                logger.log(level, "%s", _report.failed_here(rank, world_size, self.scope, phase), exc_info=error)
-            except Exception:
-                # A handler that raises must not keep the peers waiting. logging itself would print this.
-                traceback.print_exc()
+    @property
+    def first(self) -> BaseException | None:
+        """The error that was raised first."""
+        return self.raised[0][1] if self.raised else None
 
-    def surface(self, verdict: Verdict | None, rank: int) -> BaseException | None:
+    @property
+    def outcome(self) -> Outcome:
+        """What peers are told of them."""
+        if not self.raised:
+            return OK
+        if self._outcome is OK:
+            phase, error = self.raised[0]
+            self._outcome = Outcome.of(error, phase)
+        if len(self.raised) == 1:
+            return self._outcome
+        later = self.raised[1 : 1 + MOST_LINES]
+        also = [f"{phase}: {one_line(type_name(error), message_of(error))}" for phase, error in later]
+        more = len(self.raised) - 1 - len(later)
+        return attrs.evolve(self._outcome, also=(*also, *([f"and {more} more"] if more else [])))
+
+    def log(self, phase: str, error: BaseException, *, scope: str, rank: int, world_size: int) -> None:
+        """Log an error that has been noted and told."""
+        level = logging.INFO if _is_skip(error) else logging.ERROR
+        try:
+            text = _report.failed_here(rank, world_size, scope, phase)
+            logger.log(level, "%s", text, exc_info=error, extra={"rank": rank, "scope": scope, "phase": phase})
+        except Exception as broken:
+            # A handler that raises must not keep the peers waiting, and not be silent either.
+            error.add_note(f"This could not be logged: {type_name(broken)}: {message_of(broken)}")
+
+    def surface(self, scope: str, verdict: Verdict | None, rank: int) -> BaseException | None:
         """
         Choose what this rank raises, and attach the rest to it.
 
         The body's own exception first, then the cleanups', then what the
         verdict says of the peers; but an interrupt before ordinary errors.
         """
-        here = [error for _, error in self._raised]
+        here = [error for _, error in self.raised]
         peers = errors_of(verdict, rank, failed=bool(here)) if verdict is not None and not verdict.ok else []
-        if not here and not peers:
+        if not here and not peers and not self.skipped:
             return None
         interrupt = next((e for e in here if e is not self.body and isinstance(e, _INTERRUPTS)), None)
         primary: BaseException
@@ -85,43 +92,50 @@ class Failures:
         elif self.body is not None:
             primary = self.body
         elif len(here) > 1:
-            primary, members = BaseExceptionGroup(f"{len(here)} cleanups of scope {self.scope!r} failed", here), here
-        else:
+            primary, members = BaseExceptionGroup(f"{len(here)} cleanups of scope {scope!r} failed", here), here
+        elif here or peers:
             primary = (here or peers)[0]
-        rest = [(phase, e) for phase, e in self._raised if e is not primary and e not in members]
+        else:
+            # Nothing else says it: a skipped cleanup never passes silently.
+            primary = CleanupMismatchError(_report.skipped(self.skipped), verdict)
+        rest = [(phase, e) for phase, e in self.raised if e is not primary and e not in members]
         # What a scope within this one raised says it already, if it was this one that was over.
-        if primary is self.body and getattr(primary, "verdict", None) is verdict:
+        if primary is self.body and getattr(primary, "verdict", None) == verdict is not None:
             peers = []
         rest += [("at the barrier", error) for error in peers if error is not primary]
-        self.attach(primary, rest)
+        self.attach(scope, primary, rest)
         return primary
 
-    def attach(self, primary: BaseException, rest: Iterable[tuple[str, BaseException]] | None = None) -> None:
+    def attach(
+        self, scope: str, primary: BaseException, rest: Iterable[tuple[str, BaseException]] | None = None
+    ) -> None:
         """Attach *rest*, by default all that was raised here, to what surfaces: as notes and as an attribute."""
-        rest = list(self._raised if rest is None else rest)
-        # A failure that leaves many nested scopes finds its own echo from the peers at each: told in full once.
-        is_left_again = bool(getattr(primary, "collective_scope_errors", ()))
+        rest = list(self.raised if rest is None else rest)
+        # A failure that leaves many scopes finds its own echo from the peers at each: told in full once.
+        earlier = getattr(primary, "collective_scope_errors", ())
         echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
         texts = [
-            _report.attached(error, phase, in_full=not (is_left_again or isinstance(error, echoes)))
-            for phase, error in rest
+            _report.attached(error, phase, in_full=not (earlier or isinstance(error, echoes))) for phase, error in rest
         ]
         if self.skipped:
             texts.append(_report.skipped(self.skipped))
         try:
             for text in texts:
-                primary.add_note(text)
-            if rest:
-                earlier = getattr(primary, "collective_scope_errors", ())  # of an inner scope
+                if (
+                    text not in getattr(primary, "__notes__", ())
+                    and len(getattr(primary, "__notes__", ())) < MOST_LINES
+                ):
+                    primary.add_note(text)
+            if rest and len(earlier) < MOST_LINES:  # of an inner scope, or one before that raised the same object
                 errors = (*earlier, *(error for _, error in rest))
                 primary.collective_scope_errors = errors  # type: ignore[attr-defined]
         except Exception as refused:
             # An exception class may forbid attributes; then the log has what the notes would say.
-            logger.error("scope %r: %s\n%s", self.scope, message_of(refused), "\n".join(texts))  # noqa: TRY400
+            logger.error("scope %r: %s\n%s", scope, message_of(refused), "\n".join(texts))  # noqa: TRY400
 
     def clear(self) -> None:
         """Drop all references: an exception refers to frames, and they to this object."""
-        self._raised.clear()
+        self.raised.clear()
         self.skipped.clear()
         self.body = None
 
@@ -131,11 +145,13 @@ def errors_of(verdict: Verdict, rank: int, *, failed: bool = False) -> list[Coll
     errors: list[CollectiveScopeError] = []
     others = [outcome for peer, outcome in verdict.failures.items() if peer != rank]
     mine = verdict.failures.get(rank) if failed else None
+    # Where a rank failed in a scope around this one, nobody waited for the others.
+    is_timeout = bool(verdict.missing) and not verdict.outside and not verdict.reason
     if verdict.names:
         errors.append(ScopeMismatchError(_report.scopes_differ(verdict), verdict))
-    if verdict.lost:
+    elif verdict.lost:
         errors.append(PeerLostError(_report.lost(verdict), verdict))
-    elif verdict.missing or (verdict.reason and not others and mine is None):
+    elif is_timeout or (verdict.reason and not others and mine is None):
         errors.append(BarrierTimeoutError(_report.missing(verdict), verdict))
     # On a rank that failed itself, only an earlier failure is news: it may be the cause.
     if others and (mine is None or min(o.order or math.inf for o in others) < (mine.order or math.inf)):

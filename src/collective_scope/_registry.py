@@ -13,8 +13,6 @@ import attrs
 
 from ._cleanups import Cleanup, CleanupStack, describe
 from ._failures import Failures
-from ._groups import AnyBarrier
-from ._plain_barrier import PlainBarrier
 
 
 P = ParamSpec("P")
@@ -37,10 +35,9 @@ class Registry:
     _cleanups: CleanupStack = attrs.field(factory=CleanupStack, init=False)
     _after: CleanupStack = attrs.field(factory=CleanupStack, init=False)
     _held: list[object] = attrs.field(factory=list, init=False)
-    _barrier: AnyBarrier | None = attrs.field(default=None, init=False)
-    _failures: Failures = attrs.field(
-        default=attrs.Factory(lambda self: Failures(self.name), takes_self=True), init=False
-    )
+    _agreed_already: bool = attrs.field(default=False, init=False)
+    """Whether the last barrier is over, so that no collective cleanup can be agreed on any more."""
+    _failures: Failures = attrs.field(factory=Failures, init=False)
 
     def cleanup(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, T]:
         """
@@ -55,7 +52,7 @@ class Registry:
             TypeError: If *fn* is not callable, or a coroutine function.
             RuntimeError: If the scope has been left.
         """
-        self._register(self._cleanups, functools.partial(fn, *args, **kwargs) if args or kwargs else fn, _caller())
+        self._register(self._cleanups, fn, args, kwargs)
         return fn
 
     def collective_cleanup(
@@ -73,6 +70,8 @@ class Registry:
         It runs after all ranks have arrived and agreed which collective
         cleanups they have left. One that a rank lacks, or whose fingerprint
         differs, is skipped on all ranks, which then raise `CleanupMismatchError`.
+        One that is skipped is named, and what it refers to is kept alive until
+        the process ends: its destructor may be the collective.
 
         Collective:
             Every rank of the group registers it, in the same order.
@@ -94,26 +93,40 @@ class Registry:
             *fn*, so that it can be used as a decorator.
 
         Raises:
-            TypeError: If *fn* or *fingerprint* is not callable, *fn* is a coroutine function,
-                or the group has no store to agree over.
-            RuntimeError: If the scope has been left.
+            TypeError: If *fn* or *fingerprint* is not callable, *fn* is a coroutine function, or *name* is no text.
+            RuntimeError: If the scope has been left, or its last barrier is over.
         """
+        if name is not None and not isinstance(name, str):
+            msg = f"name must be a text (got {name!r})"
+            raise TypeError(msg)
         if fingerprint is not None and not callable(fingerprint):
             msg = f"fingerprint must be callable (got {fingerprint!r})"
             raise TypeError(msg)
-        refuse_without_store(self._barrier)
-        call = functools.partial(fn, *args, **kwargs) if args or kwargs else fn
-        self._register(self._cleanups, call, _caller(), name=name, collective=True, fingerprint=fingerprint)
+        if self._agreed_already:
+            msg = f"the ranks have left the barrier of scope {self.name!r}; a collective cleanup comes too late"
+            raise RuntimeError(msg)
+        self._register(self._cleanups, fn, args, kwargs, name=name, collective=True, fingerprint=fingerprint)
         return fn
 
-    def after_barrier(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, T]:
+    def after_barrier(
+        self, fn: Callable[..., T], /, *args: Any, even_if_missing: bool = False, **kwargs: Any
+    ) -> Callable[..., T]:
         """
         Run ``fn(*args, **kwargs)`` on this rank after the barrier, last registered first.
 
-        For what a peer may use until it has arrived: a shared folder, the
-        process group. Runs once on every path. If the barrier did not open,
-        peers may not be through: ask ``scope.verdict.complete``. The peers do
-        not learn of errors raised here.
+        For what a peer may use until it has arrived: a shared folder, memory
+        that it has mapped, the process group. If a rank is missing, it may use
+        it still: then *fn* is skipped, which is reported, and what it refers to
+        is kept alive until the process ends.
+
+        Args:
+            fn: What to run. The peers do not learn of what it raises.
+
+            args: Its arguments.
+
+            even_if_missing: Whether to run it also if a rank is missing.
+
+            kwargs: Its keyword arguments, except *even_if_missing*.
 
         Returns:
             *fn*, so that it can be used as a decorator.
@@ -122,15 +135,15 @@ class Registry:
             TypeError: If *fn* is not callable, or a coroutine function.
             RuntimeError: If the scope has been left.
         """
-        self._register(self._after, functools.partial(fn, *args, **kwargs) if args or kwargs else fn, _caller())
+        self._register(self._after, fn, args, kwargs, even_if_missing=even_if_missing)
         return fn
 
     def enter_context(self, cm: AbstractContextManager[T]) -> T:
         """
         Enter *cm* now and leave it in the teardown, like a local cleanup.
 
-        Its ``__exit__`` gets the body's exception. It cannot suppress it: the
-        peers have been told.
+        Its ``__exit__`` gets the body's exception, or else that of the first
+        cleanup that failed before. It cannot suppress it: the peers have been told.
 
         Returns:
             What ``cm.__enter__()`` returns.
@@ -146,10 +159,10 @@ class Registry:
         value = cm.__enter__()
 
         def leave() -> None:
-            error = self._failures.body
+            error = self._failures.first
             cm.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
 
-        self._register(self._cleanups, leave, _caller(), name=f"{type(cm).__qualname__}.__exit__")
+        self._register(self._cleanups, leave, (), {}, name=f"{type(cm).__qualname__}.__exit__")
         return value
 
     def hold(self, obj: T) -> T:
@@ -157,7 +170,8 @@ class Registry:
         Keep *obj* alive until after the barrier, and return it.
 
         The cure for destructors that are collectives: on no rank does it go
-        before all have arrived. A registered bound method holds its object too.
+        before all have arrived. If a rank is missing, it stays until the
+        process ends. A registered bound method holds its object too.
 
         Raises:
             RuntimeError: If the scope has been left.
@@ -169,21 +183,30 @@ class Registry:
     def _register(
         self,
         stack: CleanupStack,
-        call: Callable[[], object],
-        where: str,
+        fn: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         *,
         name: str | None = None,
         collective: bool = False,
         fingerprint: Callable[[], object] | None = None,
+        even_if_missing: bool = False,
     ) -> None:
-        if not callable(call):
-            msg = f"a cleanup must be callable (got {call!r})"
+        if not callable(fn):
+            msg = f"a cleanup must be callable (got {fn!r})"
             raise TypeError(msg)
-        if inspect.iscoroutinefunction(call):
-            msg = f"a cleanup cannot be a coroutine function (got {describe(call)}): nobody would await it"
+        if is_coroutine_function(fn):
+            msg = f"a cleanup cannot be a coroutine function (got {describe(fn)}): nobody would await it"
             raise TypeError(msg)
         self._refuse_if_left()
-        stack.push(Cleanup(call, name or describe(call), where, collective, fingerprint))
+        self._look_around()
+        frame = sys._getframe(2)  # noqa: SLF001  (documented; what warnings and logging use)
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        call = functools.partial(fn, *args, **kwargs) if args or kwargs else fn
+        stack.push(Cleanup(call, name or describe(fn), where, collective, fingerprint, even_if_missing))
+
+    def _look_around(self) -> None:
+        """Find the group, if the body has made it in the meantime."""
 
     def _refuse_if_left(self) -> None:
         if self._state == "left":
@@ -191,14 +214,6 @@ class Registry:
             raise RuntimeError(msg)
 
 
-def refuse_without_store(barrier: AnyBarrier | None) -> None:
-    """Raise `TypeError` if the ranks cannot agree on anything."""
-    if isinstance(barrier, PlainBarrier):
-        msg = "a group that has no store cannot agree on a collective cleanup; use cleanup()"
-        raise TypeError(msg)
-
-
-def _caller() -> str:
-    """Return file and line of the code that called into this module."""
-    frame = sys._getframe(2)  # noqa: SLF001  (documented; what warnings and logging use)
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+def is_coroutine_function(fn: Callable[..., object]) -> bool:
+    """Whether calling *fn* returns before its body runs, and something to await."""
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004

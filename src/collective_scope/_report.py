@@ -1,5 +1,5 @@
 """
-Facts in, text out: every sentence a user reads.
+Facts in, text out: every sentence that a user reads.
 
 The first line of a message holds the fact and survives truncation; details
 follow, indented. Guesses are in sentences that say so.
@@ -7,17 +7,18 @@ follow, indented. Guesses are in sentences that say so.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ._outcome import Outcome, message_of, one_line, type_name
+from .agreement.records import Outcome
+from .agreement.rounds import failures_in_order
+from .agreement.text import message_of, one_line, type_name
 
 
 if TYPE_CHECKING:
-    from ._outcome import Verdict
-    from ._process import Place
+    from .agreement.process import Place
+    from .agreement.records import Verdict
 
 MOST_RANKS = 16
 """Ranks that one line names; the rest are counted."""
@@ -30,6 +31,12 @@ MISMATCH_ADVICE = (
     "All ranks of a group must go through the same scopes in the same order. Usual causes: a scope under a\n"
     "  condition that differs between ranks, a loop that is shorter on one rank, an error caught on one rank only."
 )
+MISNESTING_ADVICE = (
+    "Scopes are left in the reverse order in which they were entered, by the thread that entered them. Usual\n"
+    "  causes: a scope around the yield of a generator that is not closed in order, __exit__() called by hand,\n"
+    "  two threads on one group. The peers are told that this rank failed; later scopes work again."
+)
+NOT_RUN = "The body of this scope was not run."
 
 _CONSEQUENCE = re.compile(
     r"connection (was |is |likely )*(closed|reset|refused|aborted)|broken pipe|timed? ?out|revoked"
@@ -38,12 +45,10 @@ _CONSEQUENCE = re.compile(
 )
 """What a rank raises because another has failed or is gone, in the words of gloo, NCCL, UCX, MPI and this library."""
 
-NO_STORE = "The group has a barrier but no store, so any of the ranks named may have been there."
-
 
 def peers_failed(verdict: Verdict) -> str:
     """Describe failures for the ranks that had none."""
-    ordered = _by_order(verdict.failures)
+    ordered = failures_in_order(verdict.outcomes)
     first, outcome = ordered[0]
     who = _ranks(verdict, sorted(verdict.failures))
     which = f", rank {first} first" if len(ordered) > 1 else ""
@@ -53,60 +58,50 @@ def peers_failed(verdict: Verdict) -> str:
     if verdict.outside:
         around = f"scope {name!r} around it" if (name := verdict.outside.get(first)) else "one around it"
         where = f"scope {verdict.outside[first]!r}, around {where}" if len(places) == 1 else f"{where} or {around}"
-    head = f"{who} of {verdict.world_size} failed in {where}{which}: {what}"
+    are_skips = all(each.is_skip for _, each in ordered)
+    verb = "skipped and its peers did not, in" if are_skips and len(ordered) < verdict.world_size else "failed in"
+    head = f"{who} of {verdict.world_size} {verb} {where}{which}: {what}"
     lines = [head, *_outcomes(verdict)]
     if verdict.reason:
-        lines.append(f"  {verdict.reason}")
+        lines.append(f"  The wait ended early: {verdict.reason}.")
     if verdict.stage == "entry":
-        lines.append("  The body of this scope was not run.")
-    lines.append(f"  rank {first}, {outcome.phase}:")
-    lines += [f"    {line}" for line in outcome.traceback.rstrip().splitlines()]
+        lines.append(f"  {NOT_RUN}")
+    if outcome.traceback and not are_skips:
+        lines.append(f"  rank {first}, {outcome.phase}:")
+        lines += [f"    {line}" for line in outcome.traceback.rstrip().splitlines()]
     return "\n".join(lines)
 
 
 def missing(verdict: Verdict) -> str:
-    """Describe who did not come to the barrier, and where they are."""
+    """Say which ranks did not come to the barrier, and where they are."""
     who = f"{_ranks(verdict, verdict.missing)} of {verdict.world_size} missing" if verdict.missing else "no agreement"
     head = f"{who}{_at(verdict)} after {verdict.timeout:.1f} s"
     lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
-    lines.append(f"  {verdict.reason or MISSING_ADVICE}")
+    lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}." if verdict.reason else f"  {MISSING_ADVICE}")
     if verdict.stage == "entry":
-        lines.append("  The body of this scope was not run: not every rank has left the scope before it.")
+        lines.append(f"  {NOT_RUN} Not every rank has left the scope before it.")
     return "\n".join(lines)
 
 
 def lost(verdict: Verdict) -> str:
-    """Describe who is gone."""
-    who = _ranks(verdict, verdict.lost)
-    lines = [f"{who} of {verdict.world_size} lost{_at(verdict)} after {verdict.timeout:.1f} s", *_outcomes(verdict)]
-    lines += _places(verdict, verdict.lost, "lost:   ")
+    """Say which ranks are gone."""
+    head = f"{_ranks(verdict, verdict.lost)} of {verdict.world_size} lost{_at(verdict)} after {verdict.timeout:.1f} s"
+    lines = [head, *_outcomes(verdict), *_places(verdict, verdict.lost, "lost:   ")]
     if verdict.missing:
-        lines.append(f"  missing:  {_numbers(verdict.missing)}")
+        lines += _places(verdict, verdict.missing, "missing:")
     if verdict.reason:
-        lines.append(f"  {verdict.reason}")
+        lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}.")
     if verdict.stage == "entry":
-        lines.append("  The body of this scope was not run.")
-    return "\n".join(lines)
-
-
-def stacks(rank: int, place: Place) -> str:
-    """Show, in the log, all that a rank says of its threads."""
-    return f"rank {rank} ({place.process}) is {place.phase} for {place.seconds:.1f} s; its stacks:\n{place.stacks}"
-
-
-def deadline(scope: str, seconds: float, here: Place, places: Mapping[int, Place]) -> str:
-    """Say where everybody is when a scope should have been left."""
-    lines = [f"scope {scope!r} was not left within its deadline of {seconds:.1f} s; this rank: {_place(here)}"]
-    lines += [f"  rank {rank}: {_place(place)}" for rank, place in sorted(places.items())]
+        lines.append(f"  {NOT_RUN}")
     return "\n".join(lines)
 
 
 def scopes_differ(verdict: Verdict) -> str:
     """Describe ranks that arrived at different scopes."""
-    lines = ["ranks arrived at different scopes"]  # one of which is the verdict's, on all ranks: that of who decided
-    lines += _grouped(
-        {rank: f"scope {name!r}, sequence {sequence}" for rank, (name, sequence) in verdict.names.items()}
-    )
+    lines = ["ranks arrived at different scopes"]
+    lines += _grouped({rank: f"scope {name!r}" for rank, name in verdict.names.items()})
+    if verdict.stage == "entry":
+        lines.append(f"  {NOT_RUN}")
     return "\n".join([*lines, f"  {MISMATCH_ADVICE}"])
 
 
@@ -114,21 +109,19 @@ def cleanups_differ(verdict: Verdict) -> str:
     """Describe ranks that have different collective cleanups left."""
     head = f"ranks disagree on the collective cleanups of scope {verdict.scope!r}"
     ran = f"what all share ran: {', '.join(verdict.agreed)}" if verdict.agreed else "none of them ran"
-    lines = [f"{head}; {ran}"]
     lists = {
         rank: ", ".join(f"{name} [{mark}]" if mark else name for name, mark in pairs) or "none"
         for rank, pairs in verdict.cleanups.items()
     }
-    return "\n".join([*lines, *_grouped(lists)])
+    return "\n".join([f"{head}; {ran}", *_grouped(lists)])
 
 
 def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
     """Introduce the traceback in the log of the rank that failed."""
-    told = (
-        "after the barrier, so its peers are not told"
-        if phase.startswith("after_barrier")
-        else "its peers are told now"
-    )
+    if world_size == 1:
+        return f"scope {scope!r} failed, {phase}"
+    is_late = phase.startswith("after_barrier")
+    told = "after the barrier, so its peers are not told" if is_late else "its peers are told"
     return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; {told}"
 
 
@@ -139,8 +132,12 @@ def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
 
 
 def skipped(cleanups: Iterable[object]) -> str:
-    """Mention collective cleanups that nobody may run alone."""
-    return "Not run, because the ranks could not agree to run it together: " + ", ".join(map(str, cleanups))
+    """Mention cleanups that a rank may not run alone, or not while another rank is missing."""
+    return (
+        "Not run, because the ranks could not agree to run it together or not all of them came: "
+        + ", ".join(map(str, cleanups))
+        + ". What it refers to is kept alive until the process ends."
+    )
 
 
 def not_entered(scope: str) -> str:
@@ -148,37 +145,87 @@ def not_entered(scope: str) -> str:
     return f"The body of scope {scope!r} was not run."
 
 
-def stopped_waiting(rank: int, exc: BaseException) -> str:
-    """Say why a round ended before all had arrived."""
-    return f"rank {rank} stopped waiting at the barrier: {one_line(type_name(exc), message_of(exc))}"
+def left_out_of_order(scope: str, what: str) -> str:
+    """Say that a scope was not left by the rules."""
+    return f"scope {scope!r} was left {what}\n  {MISNESTING_ADVICE}"
 
 
-def store_trouble(server: int | None, silence: float, error: Exception | None) -> str:
-    """Say that the store cannot be reached, and which rank hosted it, if one did."""
-    host = f"hosted by rank {server}" if server is not None else "hosted outside of the group"
-    if error is None:
-        return (
-            f"The group's store ({host}) has not answered for {silence:.1f} s: its process is stopped, slow, or cut off.\n"
-            "  Nothing is known of the other ranks."
-        )
-    return f"The group's store ({host}) is gone: {one_line(type_name(error), message_of(error))}"
+def late(what: str, verdict: Verdict, rank: int, seconds: float, said: dict[int, str]) -> str:
+    """
+    Say, while there is still time, which ranks are late, and where they are.
+
+    Args:
+        what: ``"waiting"`` if this rank waits for them, ``"working"`` if no rank has come to the barrier.
+        verdict: The facts so far.
+        rank: The rank that speaks.
+        seconds: For how long it has lasted.
+        said: What was said of each rank before; updated. A rank that is where it was gets a few words.
+    """
+    stage = "entry" if verdict.stage == "entry" else "exit"
+    ranks = sorted({*verdict.missing, rank}) if what == "working" else list(verdict.missing)
+    if what == "working":
+        head = f"no rank of {verdict.world_size} has come to the exit of scope {verdict.scope!r} for {seconds:.1f} s"
+    else:
+        who = f"{_ranks(verdict, ranks)} of {verdict.world_size}" if ranks else "nobody"
+        is_news = any(rank not in said for rank in ranks)
+        still = "" if is_news else "still "
+        head = f"rank {rank} has waited {seconds:.1f} s at the {stage} of scope {verdict.scope!r}; {who} {still}missing"
+    texts = {each: _key(verdict.where[each]) for each in ranks if each in verdict.where}
+    same = {each for each, text in texts.items() if said.get(each) == text}
+    said |= dict.fromkeys(ranks, "") | texts
+    lines = [head]
+    if not same:
+        lines += _outcomes(verdict)
+    lines += _places(
+        verdict, [each for each in ranks if each not in same], "where:  " if what == "working" else "missing:"
+    )
+    if same:
+        lines.append(f"  {_ranks(verdict, sorted(same))}: still where {'it was' if len(same) == 1 else 'they were'}")
+    return "\n".join(lines)
 
 
-def waiting(verdict: Verdict, rank: int, waited: float) -> str:
-    """Say, while there is still time, who is not here yet."""
-    who = _ranks(verdict, verdict.missing) if verdict.missing else "nobody"
-    head = f"rank {rank} has waited {waited:.1f} s{_at(verdict)}; {who} of {verdict.world_size} missing"
-    return "\n".join([head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")])
+def gone(verdict: Verdict, rank: int, seconds: float) -> str:
+    """Say, to a rank that is in its body, which of its peers are gone."""
+    who = _ranks(verdict, verdict.lost)
+    head = (
+        f"{who} of {verdict.world_size} lost while rank {rank} has been in scope {verdict.scope!r} for {seconds:.1f} s"
+    )
+    return "\n".join([head, *_places(verdict, verdict.lost, "lost:   ")])
 
 
-def waiting_blindly(scope: str, rank: int, waited: float, why: str) -> str:
-    """Say that nobody tells who is not here yet."""
-    return f"rank {rank} has waited {waited:.1f} s in scope {scope!r}; {why}, so nobody can be named"
+def out_of_patience(scope: str, seconds: float, places: Mapping[int, Place], rank: int) -> str:
+    """Say where every rank is when a scope should have been left."""
+    lines = [f"scope {scope!r} was not left within kill_after={seconds:.1f} s; this process is ended now"]
+    for each, place in sorted(places.items()):
+        this = " (this one)" if each == rank else ""
+        lines.append(f"  rank {each}{this}: {_place(place)}")
+        lines += [f"      {line}" for line in place.frames.splitlines()]
+    return "\n".join(lines)
+
+
+def group_is_gone(scope: str, since: str) -> str:
+    """Warn that a scope ends without its peers."""
+    return (
+        f"scope {scope!r}: there is no default group any more; it was there until scope {since!r}."
+        " This rank leaves alone, and runs no collective cleanup."
+    )
+
+
+def group_came_and_went(scope: str) -> str:
+    """Warn that a scope ends without the peers that its body had."""
+    return (
+        f"scope {scope!r}: its body made a default group and destroyed it, so there is no barrier."
+        " Enter a scope within, around the part that uses the group."
+    )
+
+
+def group_was_destroyed(scope: str) -> str:
+    """Warn that a group is not there any more, although its barrier works."""
+    return f"scope {scope!r}: the process group was destroyed in the body; the barrier goes over its store"
 
 
 def _at(verdict: Verdict) -> str:
-    place = verdict.stage.split()[0]
-    return f" at the {place} of scope {verdict.scope!r}"
+    return f" at the {verdict.stage.split()[0]} of scope {verdict.scope!r}"
 
 
 def _ranks(verdict: Verdict, ranks: Iterable[int]) -> str:
@@ -207,33 +254,36 @@ def _numbers(ranks: Iterable[int]) -> str:
 
 def _outcomes(verdict: Verdict) -> list[str]:
     """List what arrived ranks say of themselves, the failure published first at the top."""
-    failures = _by_order(verdict.failures)
+    failures = failures_in_order(verdict.outcomes)
     # Of a rank that is gone, even the first failure is likely a consequence.
-    later = [rank for rank, _ in (failures if verdict.lost else failures[1:])]
+    later = {rank for rank, _ in (failures if verdict.lost else failures[1:])}
+    ordered = failures + [(rank, outcome) for rank, outcome in sorted(verdict.outcomes.items()) if outcome.ok]
     told: dict[int, str] = {}
-    for rank, outcome in _by_order(verdict.outcomes):
+    for rank, outcome in ordered:
         told[rank] = str(outcome)
-        if rank in later and _is_like_a_consequence(outcome):
+        if rank in later and is_like_a_consequence(outcome):
             told[rank] += "; likely a consequence"
         if outcome.also:
             told[rank] += f"; then {'; '.join(outcome.also)}"
-    arrived = {rank: text for rank, text in told.items() if rank not in verdict.missing}
-    failed = {rank: told[rank] for rank, _ in failures if rank in verdict.missing}
+    arrived = {rank: text for rank, text in told.items() if rank in verdict.arrived}
+    failed = {rank: told[rank] for rank, _ in failures if rank not in verdict.arrived}
     return _grouped(arrived, "arrived:") + _grouped(failed, "told:   ")
 
 
-def _is_like_a_consequence(outcome: Outcome) -> bool:
+def is_like_a_consequence(outcome: Outcome) -> bool:
+    """Whether a failure reads like one that another rank's has caused."""
     # What a test asserts is about itself, also where it speaks of timeouts.
     words = _CONSEQUENCE.search(f"{outcome.type_name}: {outcome.message}")
     return words is not None and outcome.type_name != "AssertionError"
 
 
 def _places(verdict: Verdict, ranks: Iterable[int], title: str) -> list[str]:
+    ranks = list(ranks)
     lines: list[str] = []
     nowhere = [rank for rank in ranks if rank not in verdict.where]
     if nowhere:
         lines.append(f"  {title}  {_numbers(nowhere)}")
-    for rank in list(ranks)[:MOST_RANKS]:
+    for rank in ranks[:MOST_RANKS]:
         if rank in verdict.where:
             place = verdict.where[rank]
             lead = title if not lines else " " * len(title)
@@ -247,11 +297,17 @@ def _place(place: Place) -> str:
         return f"{place.process}, {place.state}"
     state = f" ({place.state})" if place.state else ""
     if place.phase:
-        return f"{place.process}, {place.phase} for {place.seconds:.1f} s{state}"
+        since = f" for {place.seconds:.1f} s" if place.seconds else ""
+        return f"{place.process}, {place.phase}{since}{state}"
     why = (
         "" if place.state == "stopped" else "; its interpreter is held by native code, or the machine cannot be reached"
     )
     return f"{place.process}, no answer for {place.silence:.1f} s{state}{why}"
+
+
+def _key(place: Place) -> str:
+    """Return what is the same as long as a rank does not move."""
+    return f"{place.state} {place.phase} {place.frames}"
 
 
 def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:
@@ -261,7 +317,3 @@ def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:
         groups.setdefault(text, []).append(rank)
     lines = [f"{_numbers(sorted(ranks))} ({text})" for text, ranks in groups.items()]
     return [f"  {title if not number else ' ' * len(title)}  {line}" for number, line in enumerate(lines)]
-
-
-def _by_order(outcomes: Mapping[int, Outcome]) -> list[tuple[int, Outcome]]:
-    return sorted(outcomes.items(), key=lambda item: (item[1].order or math.inf, item[0]))

@@ -1,43 +1,39 @@
-"""The scope: its life cycle, its teardown, and its use as a decorator."""
+"""The scope: its life cycle, and its use as a decorator."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import inspect
-import logging
-import time
-import traceback
+import os
+import sys
+import threading
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any, Never, ParamSpec, Self, TypeVar
 
 import attrs
 
-from . import _report
-from ._cleanups import Cleanup, describe
-from ._deadline import Deadline
+from . import _groups, _report
+from ._cleanups import describe
 from ._failures import errors_of
-from ._groups import (
-    alone,
-    find_barrier,
-    group_barrier,
-    is_destroyed,
-    place_in_world,
-    synchronize_accelerator,
-)
-from ._outcome import Record, Verdict, shorten, type_name
-from ._registry import Registry, refuse_without_store
-from ._watcher import Mark, enter, here, leave
+from ._kill import Killer
+from ._registry import is_coroutine_function
+from ._speaker import Speaker
+from ._teardown import Teardown
+from .agreement.process import Place, me
+from .agreement.records import Outcome
+from .agreement.rounds import cap, path_of
+from .agreement.watch import Span
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _NO_FUNCTION: Any = None
-
-logger = logging.getLogger("collective_scope")
+_RAISE: Any = object()
 
 __tracebackhide__ = True
 """Where pytest leaves frames out: between the line with the scope and the line that failed, these tell nothing."""
@@ -45,60 +41,59 @@ __tracebackhide__ = True
 _current: ContextVar[CollectiveScope | None] = ContextVar("collective_scope", default=None)
 
 
-def current_scope() -> CollectiveScope:
+def current_scope(default: Any = _RAISE) -> Any:
     """
     Return the innermost scope whose body is running here.
 
+    Args:
+        default: What to return if there is none.
+
     Raises:
-        RuntimeError: If there is none.
+        RuntimeError: If there is none, and no *default*.
     """
     scope = _current.get()
-    if scope is None:
+    if scope is not None:
+        return scope
+    if default is _RAISE:
         msg = "current_scope() was called outside of the body of a scope"
         raise RuntimeError(msg)
-    return scope
+    return default
 
 
 @attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
-class CollectiveScope(Registry):
+class CollectiveScope(Teardown):
     """
     What `collective_scope` returns. Guards one ``with`` block, or any number of calls of a function.
 
     Attributes:
+        name: What the scope is called in messages.
+
         verdict:
             After the exit: what every rank did, the same on every rank. None
             before it, and if this rank was interrupted at the barrier.
     """
 
-    _group: Any
     _is_named: bool
     """Whether the name was given, so that a decorated function does not give its own."""
     _given: tuple[Callable[[], object], ...]
-    _timeout: float
-    _failure_timeout: float
-    _heartbeat_timeout: float
-    _warn_after: float
-    _deadline: float | None
-    _synchronize: bool
-    _lockstep_gc: bool
-    _group_barrier: bool
-
-    verdict: Verdict | None = attrs.field(default=None, init=False)
-    _kept: Any = attrs.field(default=None, init=False)
-    _sequence: int = attrs.field(default=0, init=False)
+    _body: CodeType | None = None
+    """The code that the body is; that of the caller of ``__enter__`` if not given."""
     _parent: CollectiveScope | None = attrs.field(default=None, init=False)
-    _told: BaseException | None = attrs.field(default=None, init=False)
-    """What an inner scope raised; it is logged already."""
-    _mark: Mark = attrs.field(default=attrs.Factory(lambda self: Mark(self.name), takes_self=True), init=False)
-    _timer: Deadline | None = attrs.field(default=None, init=False)
-    _gc_was_enabled: bool = attrs.field(default=False, init=False)
+    _pid: int = attrs.field(default=0, init=False)
+    _thread: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         for fn in self._given:
-            self._register(self._cleanups, fn, self._where)
+            self._register(self._cleanups, fn, (), {})
 
     def __repr__(self) -> str:
         return f"<CollectiveScope {self.name!r}, {self._state}, cleanups={len(self._cleanups)}>"
+
+    def __del__(self) -> None:
+        # Not if the constructor refused an argument.
+        if getattr(self, "_state", "") == "new" and len(self._cleanups) > len(self._given):
+            text = f"scope {self.name!r} ({self._where}) was never entered; its cleanups did not run"
+            warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
     # The decorator.
 
@@ -108,6 +103,7 @@ class CollectiveScope(Registry):
 
         Raises:
             TypeError: If *fn* is a class, a coroutine function, a generator function, or no function.
+            RuntimeError: If cleanups were registered on this scope: they would run for no call.
         """
         # Of @collective_scope without parentheses, the calls of the function arrive here, whatever its arguments.
         if not callable(fn) or others or named:
@@ -116,19 +112,31 @@ class CollectiveScope(Registry):
         if isinstance(fn, type):
             msg = f"collective_scope() decorates functions (got the class {describe(fn)}); decorate its methods"
             raise TypeError(msg)
-        if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        if is_coroutine_function(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
             is_async = "" if inspect.isgeneratorfunction(fn) else "async "
-            kind = "coroutine" if inspect.iscoroutinefunction(fn) else f"{is_async}generator"
+            kind = "coroutine" if is_coroutine_function(fn) else f"{is_async}generator"
             msg = (
                 f"collective_scope() cannot decorate the {kind} function {describe(fn)}: calling it returns"
                 " before its body runs; use a 'with' block inside it"
             )
             raise TypeError(msg)
-        name = self.name if self._is_named else describe(fn)
+        if len(self._cleanups) + len(self._after) + len(self._held) > len(self._given):
+            msg = f"scope {self.name!r} has cleanups of its own and decorates {describe(fn)}: give them as cleanups="
+            raise RuntimeError(msg)
+        fresh = functools.partial(
+            CollectiveScope,
+            group=self._group,
+            name=self.name if self._is_named else cap(describe(fn)),
+            is_named=True,
+            where=self._where,
+            given=self._given,
+            options=self._options,
+            body=getattr(inspect.unwrap(fn), "__code__", None),
+        )
 
         @functools.wraps(fn)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-            with attrs.evolve(self, name=name):
+            with fresh():
                 return fn(*args, **kwargs)
 
         return wrapper
@@ -139,275 +147,194 @@ class CollectiveScope(Registry):
         if self._state != "new":
             msg = "a scope guards one 'with' block; make a new one, or use it as a decorator"
             raise RuntimeError(msg)
-        self._find_barrier()
-        self._parent = _current.get()
-        self._sequence = self._count()
-        if self._barrier is not None:
-            self._barrier.scopes = self._sequence + 1
-        self._state = "in the body"
-        enter(self._mark)
-        if self._deadline is not None:
-            self._timer = Deadline(self._deadline, self._is_waiting, self._explain)
-        if self._barrier is not None and not self._barrier.in_step:
-            self._check_entry()
-        self._mark.set("in the body of")
-        _current.set(self)
-        if self._lockstep_gc:
-            self._gc_was_enabled = gc.isenabled()
-            gc.disable()
+        self._body = self._body or sys._getframe(1).f_code  # noqa: SLF001  (documented; no reference to the frame)
+        self._pid, self._thread = os.getpid(), threading.get_ident()
+        try:
+            self._enter()
+        except BaseException as refusal:
+            self._refuse(refusal)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, body_error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        _current.set(self._parent)
-        self._state = "in the teardown"
-        error_of_scope: BaseException | None = None
+        if self._pid != os.getpid():
+            return  # a forked child: the scope is its parent's
+        if self._thread != threading.get_ident():
+            msg = _report.left_out_of_order(self.name, "by another thread than the one that entered it")
+            raise RuntimeError(msg)
         try:
-            if body_error is not None:
-                self._fail("body", body_error)
-                if self._barrier is not None:
-                    self._guard("telling the peers", functools.partial(self._barrier.publish, self._record("exit")))
+            self._begin_exit(body_error)
             self._tear_down()
-            error_of_scope = self._failures.surface(self.verdict, self._barrier.rank if self._barrier else 0)
-        finally:
-            if self._gc_was_enabled:
-                gc.enable()
-            if self._parent is not None:
-                self._parent._told = error_of_scope  # noqa: SLF001  (a scope too)
-            self._end()
-        if error_of_scope is not None and error_of_scope is not body_error:
+        except BaseException as interrupt:  # one that came between two lines of the loop itself
+            self._failures.raised.append(("teardown", interrupt))
+            self._begin_exit(body_error)
+            self._tear_down()
+        surfaced = self._surfaced
+        self._end(surfaced)
+        if surfaced is not None and surfaced is not body_error:
             try:
-                raise error_of_scope
+                raise surfaced
             finally:
-                del error_of_scope  # this frame is in its traceback: no cycle
+                del surfaced  # this frame is in its traceback: no cycle
 
-    def _end(self) -> None:
-        self._state = "left"
-        leave(self._mark)
-        if self._timer is not None:
-            self._timer.cancel()
-        # Last of all: freeing these may run destructors that the peers take part in.
-        for each in (self._cleanups, self._after):
-            each.release()
-        self._held.clear()
-        self._failures.clear()
-        if self._barrier is not None:  # pragma: no branch  (None only if an interrupt comes between two lines)
-            # A rank that failed has not entered the scopes within this one that its peers have: they do not count.
-            self._barrier.scopes = self._sequence + 1
-        self._told = self._parent = self._barrier = self._kept = None
+    def fail(self, error: BaseException) -> None:
+        """
+        Have this scope fail with *error*, as if the body had raised it: for bodies that catch what they raise.
 
-    def _find_barrier(self) -> None:
-        found = find_barrier(self._group)
-        if found is None:
-            return
-        barrier, kept = found
-        if self._group_barrier or self._cleanups.collective():
-            refuse_without_store(barrier)
-        self._barrier, self._kept = barrier, kept
-        barrier.greet()
-        if self._group_barrier and barrier.world_size > 1:
-            # At the bottom of the stack: the last collective thing that the ranks agree on.
-            bottom = Cleanup(self._wait_for_group, "dist.barrier of the group", self._where, collective=True)
-            self._cleanups.push_under(bottom)
+        The peers are told at once. The scope raises *error* at its exit, unless the body raises.
 
-    def _check_entry(self) -> None:
-        """After a round that somebody missed, no body may start before all have left the earlier one."""
-        assert self._barrier is not None  # noqa: S101  (for the type checker)
-        refusal: BaseException
-        try:
-            self.verdict = self._arrive("entry")
-            if self.verdict.complete:
-                return
-            refusal = errors_of(self.verdict, self._barrier.rank)[0]
+        Args:
+            error: What went wrong.
+
+        Raises:
+            TypeError: If *error* is not an exception.
+            RuntimeError: If the scope's body is not running.
+        """
+        if not isinstance(error, BaseException):
+            msg = f"error must be an exception (got {error!r})"
+            raise TypeError(msg)
+        if self._state != "in the body":
+            msg = f"scope {self.name!r} can fail in its body only; it is {self._state!r}"
+            raise RuntimeError(msg)
+        self._failures.body = error
+        self._fail("body", error)
+
+    def _enter(self) -> None:
+        self._parent = _current.get()
+        self._find()
+        if self._membership is None:
+            self._is_late, self._trace = True, _groups.trace_of_a_default_group()
+        else:
+            self._take_place(self._membership)
+            self._appear()
+        _current.set(self)
+        if self._options.kill_after is not None:
+            self._killer = Killer(self._options.kill_after, self._is_waiting, self._explain)
+        if (barrier := self._barrier) is not None:
+            barrier.join()
+            if self._options.meet_at_entry or not barrier.in_step:
+                self._meet_at_entry(barrier.rank)
+        self._state = "in the body"
+        if self._span is not None:
+            self._span.enter("in the body of")
+        if self._options.lockstep_gc:
+            self._gc_was_enabled = gc.isenabled()
+            gc.disable()
+
+    def _take_place(self, membership: _groups.Membership) -> None:
+        """Find the path of this scope among those on its group."""
+        around = membership.open[-1] if membership.open else None
+        if around is not None and around._thread != self._thread:  # noqa: SLF001  (a scope too)
+            self._membership = None
+            msg = (
+                f"scope {self.name!r} cannot be entered: another thread of this process is in scope {around.name!r}"
+                " of the same group; a rank is one thread at a time"
+            )
+            raise RuntimeError(msg)
+        barrier = membership.barrier
+        if around is None and barrier is not None:
+            self._path = path_of("", barrier.entered, self.name, barrier.late)
+            barrier.entered += 1
+        elif around is not None:
+            self._path = path_of(around._path, around._inner, self.name)  # noqa: SLF001  (a scope too)
+            around._inner += 1  # noqa: SLF001  (a scope too)
+        membership.open.append(self)
+
+    def _appear(self) -> None:
+        barrier, options = self._barrier, self._options
+        if barrier is not None and self._span is None:
+            span = Span(
+                barrier.control,
+                barrier.part,
+                self.name,
+                self._thread,
+                self._body,
+                options.warn_after,
+                options.heartbeat_timeout,
+                Speaker(self.name, barrier.rank),
+                self._path,
+            )
+            self._span = barrier.control.spans[id(span)] = span
+
+    def _find(self) -> None:
+        if self._membership is None and (found := _groups.find(self._group)) is not None:
+            self._membership, self._kept = found
+
+    def _look_around(self) -> None:
+        if self._state == "in the body" and self._membership is None and self._group is None:
+            self._find()
+
+    def _meet_at_entry(self, rank: int) -> None:
+        """Wait until all ranks have left the scope before; refuse the body on all ranks if one has not."""
+        self.verdict = self._arrive("entry")
+        if not self.verdict.complete:
+            refusal = errors_of(self.verdict, rank)[0]
             if self.verdict.stage != "entry":
                 refusal.add_note(_report.not_entered(self.name))
-        except BaseException as interrupt:
-            refusal = interrupt
-        # The body never starts, but what was given to the scope is cleaned up.
-        self._state = "in the teardown"
-        self._run_rest()
-        self._failures.attach(refusal)
-        self._end()
-        try:
             raise refusal
-        finally:
-            del refusal  # this frame is in its traceback: no cycle
 
-    # The teardown, in the order in which things happen.
+    def _refuse(self, refusal: BaseException) -> None:
+        """Leave a scope whose body does not start: clean up what it was given, and attach what that raises."""
+        self._state = "in the teardown"
+        self._steps = [self._run_rest]
+        self._tear_down()
+        self._failures.attach(self.name, refusal)
+        self._end(refusal)
 
-    def _tear_down(self) -> None:
-        if self._synchronize:
-            self._guard("synchronize", synchronize_accelerator)
-        if self._lockstep_gc:
-            self._guard("garbage collection", self._collect)
-        if self._barrier is None:
-            self._guard("lookup of the group", self._find_barrier)
-        self._barrier = self._barrier or alone()
-        if self._kept is not None and is_destroyed(self._kept[0] if isinstance(self._kept, tuple) else None):
-            logger.warning(
-                "scope %r: the process group was destroyed in the body; the barrier goes over its store", self.name
-            )
-        try:
-            self._leave_together()
-        except BaseException as error:
-            self._fail("barrier", error)
-            self.verdict = None
-        self._run_rest()
-        while self._after:
-            self._run(self._after.take(), "after_barrier")
+    def _begin_exit(self, body_error: BaseException | None) -> None:
+        if self._state == "in the body":
+            self._in_flight = body_error
+            self._plan()
+            self._state = "in the teardown"
+            self._check_order()
 
-    def _leave_together(self) -> None:
-        mismatch: Verdict | None = None
-        number = 1
-        while True:
-            self.verdict = verdict = self._meet("exit" if number == 1 else f"exit {number}")
-            mismatch = mismatch or (verdict if verdict.cleanups else None)
-            if not verdict.complete or not verdict.pending:
-                break
-            self._run_agreed(verdict)
-            number += 1
-        if mismatch is not None:
-            self.verdict = attrs.evolve(verdict, cleanups=mismatch.cleanups, agreed=mismatch.agreed)
+    def _check_order(self) -> None:
+        """Note a failure if a scope within this one, or around it, has broken the order."""
+        membership = self._membership
+        if self._is_orphan:
+            self._fail("exit", RuntimeError(_report.left_out_of_order(self.name, "after a scope around it")))
+        elif membership is not None and self in membership.open and membership.open[-1] is not self:
+            inner = membership.open[membership.open.index(self) + 1 :]
+            del membership.open[membership.open.index(self) + 1 :]
+            for scope in inner:
+                scope._is_orphan = True  # noqa: SLF001  (a scope too)
+            text = f"before scope {inner[0].name!r}, which was entered within it"
+            self._fail("exit", RuntimeError(_report.left_out_of_order(self.name, text)))
 
-    def _meet(self, stage: str) -> Verdict:
-        """Clean up down to the first collective cleanup, and arrive, also if an interrupt comes before this rank has."""
-        assert self._barrier is not None  # noqa: S101  (for the type checker)
-        rounds = self._barrier.rounds
-        while True:
-            try:
-                for cleanup in self._cleanups.local():
-                    self._run(cleanup)
-                verdict = self._arrive(stage)
-                if (self._sequence, self.name) not in verdict.enclosing or verdict.names:
-                    return verdict
-                # It is of a scope within this one, to which this rank did not come. Its peers are yet to come to this one.
-                rounds = self._barrier.rounds
-            except BaseException as error:
-                if isinstance(error, Exception) or self._barrier.rounds > rounds:
-                    raise  # no interrupt, or one that the barrier has told the peers of
-                self._fail("barrier", error)
-
-    def _run_agreed(self, verdict: Verdict) -> None:
-        """Run the stack down to the first collective cleanup that all ranks share, and that one."""
-        keys = {cleanup: key for key, cleanup in self._cleanups.collective().items()}
-        while self._cleanups:
-            cleanup = self._cleanups.take()
-            if keys.get(cleanup) in verdict.agreed:
-                self._run(cleanup)
-                return
-            self._run_or_skip(cleanup)
-
-    def _run_rest(self) -> None:
-        """Without an agreement: what is local runs, what is collective does not."""
-        while self._cleanups:
-            self._run_or_skip(self._cleanups.take())
-
-    def _run_or_skip(self, cleanup: Cleanup) -> None:
-        if cleanup.collective:
-            self._failures.skipped.append(cleanup)
-        else:
-            self._run(cleanup)
-
-    def _run(self, cleanup: Cleanup, kind: str = "cleanup") -> None:
-        self._guard(f"{kind} {cleanup.name!r}", cleanup.call, f" (registered at {cleanup.where})")
-
-    def _guard(self, phase: str, call: Callable[[], object], place: str = "") -> None:
-        """Call; keep what it raises, a KeyboardInterrupt included, so that what comes next is reached."""
-        self._mark.set(f"in {phase}{place} of")
-        try:
-            call()
-        except BaseException as error:
-            self._fail(phase, error)
-
-    def _fail(self, phase: str, error: BaseException) -> None:
-        # A body that has made the group, and failed, has no barrier yet.
-        rank, world_size = (self._barrier.rank, self._barrier.world_size) if self._barrier else place_in_world()
-        # What an inner scope raised is in the log already.
-        self._failures.add(phase, error, rank=rank, world_size=world_size, log=error is not self._told)
-
-    def _arrive(self, stage: str) -> Verdict:
-        assert self._barrier is not None  # noqa: S101  (for the type checker)
-        is_entry = stage == "entry"
-        left = {} if is_entry else self._cleanups.collective()
-        marks = tuple((key, self._fingerprint(key, cleanup)) for key, cleanup in left.items())
-        self._mark.set(f"at the {'entry' if is_entry else 'barrier'} of")
-        # Who is stuck in an earlier scope must not cost each further one a whole timeout.
-        timeout = min(self._timeout, self._failure_timeout) if is_entry else self._timeout
-        if self._timer is not None:
-            timeout = min(timeout, max(0.0, self._timer.at - time.monotonic()))
-        return self._barrier.arrive(
-            self._record(stage, marks),
-            timeout=timeout,
-            failure_timeout=self._failure_timeout,
-            heartbeat_timeout=self._heartbeat_timeout,
-            warn_after=self._warn_after,
-        )
-
-    def _record(self, stage: str, cleanups: tuple[tuple[str, str], ...] = ()) -> Record:
-        record = Record(0, stage, self.name, self._sequence, self._failures.outcome, cleanups)
+    def _end(self, raised: BaseException | None) -> None:
+        self._state = "left"
+        if self._gc_was_enabled:
+            gc.enable()
+        if _current.get() is self:
+            _current.set(self._parent)
         if self._parent is not None:
-            record.enclosing = self._enclosing()
-        return record
+            self._parent._told = raised  # noqa: SLF001  (a scope too)
+        if self._killer is not None:
+            self._killer.cancel()
+        if self._membership is not None and self in self._membership.open:
+            self._membership.open.remove(self)
+        if (span := self._span) is not None:
+            span.control.left, span.is_left = self.name, True
+            if span.is_idle:
+                span.control.spans.pop(id(span), None)
+        # Last of all: freeing these may run destructors that the peers take part in.
+        self._release()
+        self._told = self._parent = self._membership = self._kept = self._in_flight = self._surfaced = None
 
-    def _count(self) -> int:
-        """Return how many scopes this rank has entered before on the group; 0 as long as there is none."""
-        count = 0 if self._barrier is None else self._barrier.scopes
-        around = () if self._parent is None else self._enclosing()
-        # A function that makes the group, or calls itself before it does, is in scopes that only this tells apart.
-        while (count, self.name) in around:
-            count += 1
-        return count
-
-    def _enclosing(self) -> tuple[tuple[int, str], ...]:
-        """Return what peers know the scopes around this one by, those included that will have found the group at exit."""
-        scope, found = self._parent, []
-        while scope is not None:
-            if scope._barrier is None or scope._barrier is self._barrier:  # noqa: SLF001  (a scope too)
-                found.append((scope._sequence, scope.name))  # noqa: SLF001
-            scope = scope._parent  # noqa: SLF001  (a scope too)
-        return tuple(found)
-
-    def _fingerprint(self, key: str, cleanup: Cleanup) -> str:
-        if cleanup.fingerprint is None:
-            return ""
-        try:
-            return shorten(repr(cleanup.fingerprint()), 1000)
-        except BaseException as error:
-            self._fail(f"fingerprint of cleanup {key!r}", error)
-            return f"raised {type_name(error)}"
-
-    def _collect(self) -> None:
-        # While __exit__ runs, the exception in flight keeps the locals of the failed
-        # frames alive, on the failing rank only.
-        chain, seen = [self._failures.body], set()
-        while chain:
-            error = chain.pop()
-            if error is not None and id(error) not in seen:
-                seen.add(id(error))
-                traceback.clear_frames(error.__traceback__)
-                chain += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
-        gc.collect()
-
-    def _wait_for_group(self) -> None:
-        """Run as the last collective cleanup, hence on all ranks or none."""
-        if self.verdict is None or not self.verdict.ok:
-            return
-        opened = group_barrier(self._kept[0])
-        start, pause = time.monotonic(), 0.00005
-        while not opened():
-            if time.monotonic() - start > self._timeout:
-                msg = f"the group's own barrier did not open within {self._timeout:.1f} s"
-                raise TimeoutError(msg)
-            # Polled: a blocking wait that times out closes gloo's pairs, and is deaf to Ctrl-C.
-            time.sleep(pause)
-            pause = min(0.05, 2 * pause)
-
-    # For the thread that watches the deadline.
+    # For the thread that ends the process.
 
     def _is_waiting(self) -> bool:
-        return self._mark.phase.startswith("at the ")
+        return self._span is not None and not self._span.is_idle
 
     def _explain(self) -> str:
-        places = self._barrier.survey(self._record("exit")) if self._barrier else {}
-        return _report.deadline(self.name, self._deadline or 0.0, here(), places)
+        """Tell the peers that this process is ended, and say where every rank is."""
+        seconds = self._options.kill_after or 0.0
+        barrier, span = self._barrier, self._span
+        if barrier is None or span is None:
+            here = Place(me(), phase=f"in scope {self.name!r}", seconds=seconds)
+            return _report.out_of_patience(self.name, seconds, {0: here}, 0)
+        outcome = Outcome("kill_after", "TimeoutError", f"not left within {seconds:.1f} s; its process was ended")
+        barrier.publish(attrs.evolve(self._record(self._next_stage), outcome=outcome))
+        return _report.out_of_patience(self.name, seconds, barrier.control.survey(span), barrier.rank)

@@ -1,5 +1,5 @@
 """
-What a scope raises when the ranks did not leave it in peace.
+What a scope raises when the ranks did not leave it together, or not all of them well.
 
 * CollectiveScopeError
   + PeerFailedError        this rank was fine, a peer was not
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ._outcome import Outcome, Verdict
+from .agreement.records import Outcome, Verdict
 
 
 __all__ = [
@@ -80,8 +80,8 @@ class ScopeMismatchError(CollectiveScopeError):
     """Raised when ranks of one group arrive at different scopes."""
 
     @property
-    def names(self) -> Mapping[int, tuple[str, int]]:
-        """Name and sequence of the scope, by rank, for each rank that had arrived."""
+    def names(self) -> Mapping[int, str]:
+        """Name of the scope at which a rank is, by rank."""
         return self.verdict.names
 
 

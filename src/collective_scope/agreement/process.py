@@ -1,8 +1,8 @@
 """
-Which process a rank is, and what the system says of it.
+Which process a rank is, where it is, and what the system says of it.
 
-What a peer on the same machine can see without anybody's help; on another
-machine it sees nothing. Knows nothing of torch.
+A process sees others on the same machine without anybody's help. Of those on another machine it
+sees nothing. Knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
 
 import attrs
 
@@ -38,13 +37,15 @@ class Process:
         host: Name of its host.
         pid: Its number there.
         start: When it was started, in the kernel's ticks since boot.
-        machine: What tells machines (and process namespaces) of equal host name apart.
+        machine: Tells machines, and process namespaces, of equal host name apart.
+        serves: Whether the group's store is served by it.
     """
 
     host: str = ""
     pid: int = 0
     start: int = 0
     machine: str = ""
+    serves: bool = False
 
     @property
     def key(self) -> str:
@@ -57,11 +58,16 @@ class Process:
         return self.machine != "" and self.machine == me().machine
 
     def state(self) -> str:
-        """Describe what it is doing, by the system's account; empty if it cannot be seen from here."""
+        """Return what it is doing, by the system's account; empty if that cannot be seen from here."""
         if not self.is_here:
             return ""
-        fields = _stat(self.pid)
-        if not fields or int(fields[19]) != self.start:
+        try:
+            fields = _stat(self.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return "gone"
+        except OSError:  # such as too many open files: that says nothing of the other process
+            return "" if _exists(self.pid) else "gone"
+        if int(fields[19]) != self.start:
             return "gone"
         state = _STATES.get(fields[0], f"in state {fields[0]}")
         return f"{state} ({_exit(int(fields[49]))})" if state == "exited" else state
@@ -69,7 +75,7 @@ class Process:
     @property
     def has_ended(self) -> bool:
         """Whether it is known to run no more."""
-        return self.state().startswith(("gone", "exited"))
+        return has_ended(self.state())
 
     def __str__(self) -> str:
         return f"{self.host} pid {self.pid}"
@@ -81,35 +87,35 @@ NOBODY = Process()
 @attrs.frozen
 class Place:
     """
-    Where a process is.
+    Where a rank is.
 
     Attributes:
-        process: Which process.
-        state: What the system says of it, if it can be seen from the asking one.
+        process: Its process.
+        state: What the system says of that, if it can be seen from the asking one.
+        scope: Path of the scope that it is in; empty if it is in none.
         phase: ``"in the body of scope 'x'"``, ...; empty if it did not answer.
         seconds: For how long it has been in that phase.
-        frames: The innermost frames of its main thread, without this library's.
-        stacks: The stacks of all its threads.
-        silence: Seconds without an answer or a heartbeat; 0 if it answered.
+        frames: Where it is in the program, as lines of a traceback, innermost last.
+        silence: Seconds without an answer; 0 if it answered.
     """
 
     process: Process
     state: str = ""
+    scope: str = ""
     phase: str = ""
     seconds: float = 0.0
     frames: str = ""
-    stacks: str = ""
     silence: float = 0.0
 
     @property
     def has_ended(self) -> bool:
         """Whether the process is known to run no more."""
-        return self.state.startswith(("gone", "exited"))
+        return has_ended(self.state)
 
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> Place:
-        """Make one of what JSON has made of it."""
-        return cls(**{**fields, "process": Process(**fields["process"])})
+
+def has_ended(state: str) -> bool:
+    """Whether `Process.state` says that the process runs no more."""
+    return state.startswith(("gone", "exited"))
 
 
 def me() -> Process:
@@ -119,17 +125,17 @@ def me() -> Process:
 
 @functools.lru_cache(maxsize=1)
 def _of(pid: int) -> Process:
-    fields = _stat(pid)
     try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text()[:8] + str(os.stat("/proc/self/ns/pid").st_ino)  # noqa: PTH116
+        start = int(_stat(pid)[19])
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text()[:8] + str(Path("/proc/self/ns/pid").stat().st_ino)
     except OSError:  # not Linux: peers see nothing, and say so
-        machine = ""
-    return Process(socket.gethostname(), pid, int(fields[19]) if fields else 0, machine)
+        start, machine = 0, ""
+    return Process(socket.gethostname(), pid, start, machine)
 
 
 def serves_store(port: int) -> bool:
     """Whether the server of a ``TCPStore`` at *port* runs in this process."""
-    # A forked child has its parent's sockets, but nobody who serves them; torch names that thread.
+    # A forked child has its parent's sockets, but not the thread that serves them; torch names that one.
     names = []
     for task in Path("/proc/self").glob("task/*/comm"):
         with contextlib.suppress(OSError):  # ended meanwhile
@@ -138,29 +144,42 @@ def serves_store(port: int) -> bool:
         return False
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
+        with contextlib.suppress(OSError):
             rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-        except OSError:
-            continue
-        inodes |= {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+            inodes |= {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
     links = []
     for fd in Path("/proc/self/fd").iterdir() if inodes else ():
         with contextlib.suppress(OSError):  # closed meanwhile
-            links.append(os.readlink(fd))  # noqa: PTH115
+            links.append(os.readlink(fd))  # noqa: PTH115  (a Path would be made of each)
     return any(f"socket:[{inode}]" in links for inode in inodes)
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of ``/proc/PID/stat`` from the third on; none if there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return []
+    """
+    Return the fields of ``/proc/PID/stat`` from the third on.
+
+    Raises:
+        OSError: If there is no such process, or it cannot be looked at.
+    """
     # The second field is the command in parentheses, and may hold anything, these included.
-    return text.rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is a process *pid*, asked in a way that needs no file descriptor."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _exit(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
-    return f"exit code {os.WEXITSTATUS(status)}"
+    if not os.WIFSIGNALED(status):
+        return f"exit code {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    # Real-time signals have no name.
+    names = {each.value: each.name for each in signal.Signals}
+    return f"killed by {names.get(number, f'signal {number}')}"

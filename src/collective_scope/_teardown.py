@@ -1,0 +1,328 @@
+"""
+The teardown of a scope on one rank: a list of steps, and one loop that runs them.
+
+An interrupt may come between any two lines. So a step may be run again: what it has done is noted
+where it was done, and neither a cleanup nor the barrier is lost, or happens twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from . import _groups, _report
+from ._cleanups import Cleanup, keep_for_ever
+from ._kill import Killer
+from ._registry import Registry
+from .agreement.barrier import Barrier, verdict_alone
+from .agreement.part import Wait
+from .agreement.process import me
+from .agreement.records import Listed, Record, Verdict
+from .agreement.rounds import late_path
+from .agreement.text import shorten, type_name
+from .agreement.watch import Span
+
+
+__tracebackhide__ = True
+"""Where pytest leaves frames out: between the line with the scope and the line that failed, these tell nothing."""
+
+logger = logging.getLogger("collective_scope")
+
+MOST_TRIES = 5
+"""How often a step is begun, at most, that interrupts keep from its end."""
+
+_last_with_default_group: list[str] = []
+"""Name of the last scope that had a default group for its group; empty if none had."""
+
+
+@attrs.frozen
+class Options:
+    """How a scope behaves; times in seconds. `collective_scope` says what they mean."""
+
+    timeout: float
+    failure_timeout: float
+    warn_after: float | None
+    heartbeat_timeout: float
+    kill_after: float | None
+    synchronize: bool
+    lockstep_gc: bool
+    meet_at_entry: bool
+
+
+@attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
+class Teardown(Registry):
+    """The part of a scope that leaves it."""
+
+    _group: Any
+    _options: Options
+
+    verdict: Verdict | None = attrs.field(default=None, init=False)
+    _membership: _groups.Membership | None = attrs.field(default=None, init=False)
+    _is_late: bool = attrs.field(default=False, init=False)
+    """Whether the group was not found at the entry."""
+    _kept: Any = attrs.field(default=None, init=False)
+    _trace: object = attrs.field(default=None, init=False)
+    _path: str = attrs.field(default="", init=False)
+    _inner: int = attrs.field(default=0, init=False)
+    """How many scopes on the same group have been entered directly within this one."""
+    _is_orphan: bool = attrs.field(default=False, init=False)
+    """Whether a scope around this one was left first."""
+    _told: BaseException | None = attrs.field(default=None, init=False)
+    """What an inner scope raised; it is logged already."""
+    _span: Span | None = attrs.field(default=None, init=False)
+    _killer: Killer | None = attrs.field(default=None, init=False)
+    _gc_was_enabled: bool = attrs.field(default=False, init=False)
+    _steps: list[Callable[[], object]] = attrs.field(factory=list, init=False)
+    """What is left to do, the next step last."""
+    _tries: int = attrs.field(default=0, init=False)
+    _in_flight: BaseException | None = attrs.field(default=None, init=False)
+    """What the body raised."""
+    _number: int = attrs.field(default=1, init=False)
+    """Which exit barrier comes next."""
+    _arrived_at: str = attrs.field(default="", init=False)
+    """The stage that this rank came to last."""
+    _agreed: tuple[str, ...] | None = attrs.field(default=None, init=False)
+    """Collective cleanups of which the next one may run; None while there is none to be run without a barrier."""
+    _chosen: Cleanup | None = attrs.field(default=None, init=False)
+    """The one that is to be run now."""
+    _mismatch: Verdict | None = attrs.field(default=None, init=False)
+    _surfaced: BaseException | None = attrs.field(default=None, init=False)
+
+    # The loop.
+
+    def _tear_down(self) -> None:
+        while self._steps:
+            try:
+                while self._steps:
+                    self._steps[-1]()
+                    self._steps.pop()
+                    self._tries = 0
+            except BaseException as error:
+                self._fail("teardown", error)
+                # An interrupt says nothing of the step that it met.
+                self._tries += 1
+                if isinstance(error, Exception) or self._tries >= MOST_TRIES:
+                    self._steps.pop()
+                    self._tries = 0
+
+    def _plan(self) -> None:
+        collect = [self._collect] if self._options.lockstep_gc else []
+        synchronize = [self._synchronize] if self._options.synchronize else []
+        self._steps = [
+            self._surface,
+            self._run_after,
+            self._run_rest,
+            self._leave_together,
+            self._find_late,
+            *collect,
+            *synchronize,
+            self._note_body,
+        ]
+
+    # The steps, in the order in which they are run.
+
+    def _note_body(self) -> None:
+        """Tell the peers at once that the body failed, and log it, before anything else."""
+        error = self._in_flight
+        if error is not None and self._failures.body is not error:
+            self._failures.body = error
+            if all(error is not each for _, each in self._failures.raised):
+                self._fail("body", error)
+
+    def _synchronize(self) -> None:
+        """Wait for the accelerator, so that the cleanups do not free what it works on."""
+        self._guard("synchronize", _groups.synchronize_accelerator)
+
+    def _collect(self) -> None:
+        """Collect garbage, at the same point on every rank."""
+        # While __exit__ runs, the exception in flight keeps the locals of the failed
+        # frames alive, on the failing rank only.
+        chain, seen = [self._failures.body], set()
+        while chain:
+            error = chain.pop()
+            if error is not None and id(error) not in seen:
+                seen.add(id(error))
+                traceback.clear_frames(error.__traceback__)
+                chain += [error.__cause__, error.__context__, *(_members(error))]
+        gc.collect()
+
+    def _find_late(self) -> None:
+        """Look for a group that the body has made."""
+        if self._membership is None:
+            self._guard("lookup of the group", self._find)
+        if self._membership is None:
+            if self._group is None and _last_with_default_group:
+                logger.warning("%s", _report.group_is_gone(self.name, _last_with_default_group[0]))
+            elif self._group is None and _groups.has_appeared(self._trace):
+                logger.warning("%s", _report.group_came_and_went(self.name))
+        elif self._is_late and not self._path and (barrier := self._barrier) is not None:
+            # The scopes that were within this one do not count any more.
+            self._path, barrier.late, barrier.entered = late_path(barrier.late, self.name), barrier.late + 1, 0
+            self._appear()
+        if self._group is None and self._membership is not None:
+            _last_with_default_group[:] = [self.name]
+        if _groups.is_destroyed(self._kept):
+            logger.warning("%s", _report.group_was_destroyed(self.name))
+
+    def _leave_together(self) -> None:
+        """Clean up, meet the peers, and run collective cleanups between barriers."""
+        while not self._is_orphan:
+            if self._chosen is not None and not self._chosen.begun:
+                self._run(self._chosen)
+            top = self._cleanups.top()
+            if top is not None and not top.collective:
+                self._run(top)
+            elif self._agreed is None:
+                self._meet()
+                if self._agreed is None:
+                    return
+            elif top is None or self._name_of(top) in self._agreed:
+                # One line: either this cleanup is the one to be run, before the next barrier, or nothing has changed.
+                self._chosen, self._agreed, self._number = top, None, self._number + 1
+            else:
+                self._skip(top)
+
+    def _meet(self) -> None:
+        """Arrive at the next barrier; note which collective cleanups may be run after it."""
+        stage = self._next_stage
+        if self._arrived_at != stage:
+            self.verdict = None
+            verdict = self._arrive(stage)
+            self._mismatch = self._mismatch or (verdict if verdict.cleanups else None)
+            if self._mismatch is not None:
+                verdict = attrs.evolve(verdict, cleanups=self._mismatch.cleanups, agreed=self._mismatch.agreed)
+            # One line: whoever sees the verdict sees what may be run.
+            self.verdict, self._agreed = verdict, verdict.agreed if verdict.complete and verdict.pending else None
+
+    def _run_rest(self) -> None:
+        """Run what is left and local. What is collective does not run without an agreement."""
+        self._agreed_already = True
+        while (top := self._cleanups.top()) is not None:
+            if top.collective:
+                self._skip(top)
+            else:
+                self._run(top)
+
+    def _run_after(self) -> None:
+        """Run what was registered for after the barrier; if a rank is missing, only what does not mind."""
+        is_safe = self.verdict is not None and not self.verdict.missing
+        while (top := self._after.top()) is not None:
+            if is_safe or top.even_if_missing:
+                self._run(top, "after_barrier")
+                self._run_rest()
+            else:
+                self._skip(top)
+
+    def _surface(self) -> None:
+        """Choose what this rank raises."""
+        self._surfaced = self._failures.surface(self.name, self.verdict, self._barrier.rank if self._barrier else 0)
+
+    # What the steps do it with.
+
+    def _run(self, cleanup: Cleanup, kind: str = "cleanup") -> None:
+        self._guard(f"{kind} {cleanup.name!r}", cleanup.run, f" (registered at {cleanup.where})")
+
+    def _skip(self, cleanup: Cleanup) -> None:
+        if cleanup not in self._failures.skipped:
+            self._failures.skipped.append(cleanup)
+        cleanup.begun = True
+
+    def _guard(self, phase: str, call: Callable[[], object], place: str = "") -> None:
+        """Call; keep what it raises, a KeyboardInterrupt included, so that what comes next is reached."""
+        if self._span is not None:
+            self._span.enter(f"in {phase}{place} of")
+        try:
+            call()
+        except BaseException as error:
+            self._fail(phase, error)
+
+    def _fail(self, phase: str, error: BaseException) -> None:
+        """Note that *error* was raised in *phase*; then tell the peers, if it is the first; then log it."""
+        self._failures.raised.append((phase, error))
+        barrier = self._barrier
+        if barrier is not None and len(self._failures.raised) == 1 and self._path and not self._agreed_already:
+            barrier.publish(self._record(self._next_stage))
+        # A body that has made the group, and failed, has no barrier yet.
+        rank, world_size = _groups.place_in_world() if barrier is None else (barrier.rank, barrier.world_size)
+        if error is not self._told:  # what an inner scope raised is in the log already
+            self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size)
+
+    @property
+    def _barrier(self) -> Barrier | None:
+        return None if self._membership is None else self._membership.barrier
+
+    @property
+    def _next_stage(self) -> str:
+        return "exit" if self._number == 1 else f"exit {self._number}"
+
+    def _arrive(self, stage: str) -> Verdict:
+        is_entry = stage == "entry"
+        left = {} if is_entry else self._cleanups.collective()
+        listed = tuple(self._listed(name, cleanup) for name, cleanup in left.items())
+        record = self._record(stage, listed)
+        barrier = self._barrier
+        if barrier is None:
+            return verdict_alone(record)
+        options = self._options
+        # A rank that is stuck in an earlier scope must not cost each further one a whole timeout.
+        timeout = min(options.timeout, options.failure_timeout) if is_entry else options.timeout
+        if self._killer is not None:
+            timeout = min(timeout, max(0.0, self._killer.at - time.monotonic()))
+        started = functools.partial(self._note_arrival, stage)
+        return barrier.arrive(record, timeout, options.failure_timeout, started)
+
+    def _note_arrival(self, stage: str, wait: Wait) -> None:
+        self._arrived_at = stage
+        span = self._span
+        if span is not None:
+            span.stage, span.wait = stage, wait
+            span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
+
+    def _record(self, stage: str, listed: tuple[Listed, ...] = ()) -> Record:
+        return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed, me())  # noqa: FBT003
+
+    def _listed(self, name: str, cleanup: Cleanup) -> Listed:
+        """Return a collective cleanup as the ranks compare it."""
+        if cleanup.fingerprint is None:
+            return name, "", ""
+        try:
+            text = repr(cleanup.fingerprint())
+        except BaseException as error:
+            self._fail(f"fingerprint of cleanup {name!r}", error)
+            return name, f"raised on {os.getpid()}", f"raised {type_name(error)}"
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return name, digest, shorten(text, 1000)
+
+    def _name_of(self, cleanup: Cleanup) -> str:
+        return next(name for name, each in self._cleanups.collective().items() if each is cleanup)
+
+    def _find(self) -> None:
+        """Look the group up, unless that has been found."""
+        raise NotImplementedError
+
+    def _appear(self) -> None:
+        """Let the control thread see this scope."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Drop all references; keep for ever what a peer may still be using."""
+        if self.verdict is None or not self.verdict.complete:
+            keep_for_ever(*self._held)
+        keep_for_ever(*self._failures.skipped)
+        self._held.clear()
+        for each in (self._cleanups, self._after):
+            each.clear()
+        self._failures.clear()
+
+
+def _members(error: BaseException) -> tuple[BaseException, ...]:
+    return error.exceptions if isinstance(error, BaseExceptionGroup) else ()

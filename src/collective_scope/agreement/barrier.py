@@ -1,0 +1,198 @@
+"""The barrier of one rank: arrive, and wait for the verdict with a real bound, open to Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+
+from .part import Part, Wait
+from .records import Outcome, Record, Verdict
+from .rounds import all_ok, judge
+from .store_thread import Failed, Job, StoreThread, next_reply
+
+
+if TYPE_CHECKING:
+    from .control import Control
+
+FIRST_LOOK_S = 0.05
+"""How long a rank waits before anything is looked for, and its peers are told that it waits."""
+
+GRACE_S = 0.8
+"""How long the store may keep silent after the deadline; then it is taken for frozen."""
+
+STOP_S = 0.4
+"""How long a rank that is interrupted waits until its peers have been told."""
+
+LEAVE_S = 0.5
+"""How long a rank that leaves its group waits until that is noted in the store."""
+
+
+@attrs.define(eq=False)
+class Barrier:
+    """
+    The rounds of one group, as one rank goes through them. Belongs to the thread of the rank.
+
+    Args:
+        part: The rank's part in them.
+        control: What looks, answers and warns for this process.
+        server: The rank that serves the store, if one of the group's does, as far as this one can guess.
+        global_ranks: What the ranks are called in the default group, if not the same.
+
+    Attributes:
+        in_step: Whether every rank arrived at the latest round; if not, a body must not start.
+        entered: How many scopes this rank has entered that were in no other one of the group.
+        late: How many scopes found this group at their exit only.
+        gone: Why there is no store any more.
+    """
+
+    part: Part
+    control: Control
+    server: int | None = None
+    global_ranks: tuple[int, ...] = ()
+    in_step: bool = attrs.field(default=True, init=False)
+    entered: int = attrs.field(default=0, init=False)
+    late: int = attrs.field(default=0, init=False)
+    gone: RuntimeError | None = attrs.field(default=None, init=False)
+    _missed: Record | None = attrs.field(default=None, init=False)
+    """What this rank told at the first round that was not complete, after one that was."""
+    _refused: Verdict | None = attrs.field(default=None, init=False)
+    """The verdict of the latest round, if that was an entry to which not all have come."""
+    _thread: StoreThread | None = attrs.field(default=None, init=False)
+
+    @property
+    def rank(self) -> int:
+        """Which rank, counted from 0 within the group."""
+        return self.part.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the group."""
+        return self.part.world_size
+
+    def join(self) -> None:
+        """Tell the peers, without waiting for the store, which process this rank is."""
+        if self._thread is None and self.gone is None:
+            self._submit(_nothing)
+
+    def publish(self, record: Record) -> None:
+        """Tell the peers at once, without waiting for the store, that this rank failed. It arrives later."""
+        if self.gone is None:
+            self._submit(functools.partial(self.part.publish, attrs.evolve(record, arrived=False)))
+
+    def arrive(
+        self, record: Record, timeout: float, failure_timeout: float, started: Callable[[Wait], object]
+    ) -> Verdict:
+        """
+        Tell the peers *record* and wait for the verdict, the same on every rank.
+
+        Collective:
+            Every rank of the group arrives at the same rounds.
+
+        Args:
+            record: What to tell.
+            timeout: Longest wait in seconds, counted from now.
+            failure_timeout: Longest wait in seconds from the moment at which this rank learns of a failure.
+            started: Called with the wait as it begins, for the control thread to see.
+        """
+        if self.gone is not None:
+            return self._alone(record, 0.0, self.gone)
+        now = time.monotonic()
+        timeout = timeout if record.outcome.ok else min(timeout, failure_timeout)
+        is_refused = self._refused is not None and self._missed is not None and record.stage == "entry"
+        earlier = cast("tuple[Verdict, Record]", (self._refused, self._missed)) if is_refused else None
+        thread = self._get_thread()
+        wait = Wait(record, now, now + timeout, failure_timeout, earlier, thread.replies)
+        try:
+            started(wait)
+            thread.submit(functools.partial(self.part.attend, wait, thread.is_running))
+            verdict = self._await(wait)
+        except BaseException as interrupt:
+            self._stop_waiting(wait, interrupt)
+            raise
+        return self._note(verdict, record)
+
+    def leave(self, last_word: str) -> None:
+        """Leave the group, which has been destroyed here; wait for the store at most `LEAVE_S`."""
+        thread, self._thread = self._thread, None
+        if thread is not None and self.gone is None and self.control.broken is None:
+            self.gone = RuntimeError("the group was destroyed")
+            done: SimpleQueue[Any] = SimpleQueue()
+            thread.submit(functools.partial(self.part.leave, last_word))
+            thread.submit(done.put)
+            thread.stop()
+            next_reply(done, time.monotonic() + LEAVE_S)
+
+    def _get_thread(self) -> StoreThread:
+        if self._thread is None:
+            self._thread = StoreThread(self.part.connect)
+        return self._thread
+
+    def _submit(self, job: Job) -> None:
+        self._get_thread().submit(job)
+
+    def _note(self, verdict: Verdict, record: Record) -> Verdict:
+        self.in_step = verdict.complete
+        if verdict.complete:
+            self._missed = self._refused = None
+        else:
+            self._missed = self._missed or record
+            self._refused = verdict if verdict.stage == "entry" and not verdict.reason else None
+        return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
+
+    def _await(self, wait: Wait) -> Verdict:
+        reply = next_reply(wait.replies, wait.start + FIRST_LOOK_S)
+        if reply is None:
+            self.control.wake()
+        while reply is None:
+            # The control thread ends the wait; this bound holds when the store keeps it from doing so.
+            limit = max(wait.deadline, self.control.heard_at) + GRACE_S
+            if time.monotonic() > limit:
+                self._leave_behind(wait, f"rank {self.rank} gave up, because the store did not answer")
+                now = time.monotonic()
+                return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
+            reply = next_reply(wait.replies, limit)
+        wait.over = True
+        if not isinstance(reply, Failed):
+            return cast("Verdict", reply)
+        self._thread = None
+        if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
+            raise reply.error
+        self.gone = reply.error
+        return self._alone(wait.record, time.monotonic() - wait.start, reply.error)
+
+    def _stop_waiting(self, wait: Wait, interrupt: BaseException) -> None:
+        """End the round for all: an interrupt has ended the wait of this rank."""
+        if wait.record.outcome.ok:
+            wait.record = attrs.evolve(wait.record, outcome=Outcome.of(interrupt, "barrier"))
+        self._leave_behind(wait, f"rank {self.rank} stopped waiting at the barrier")
+        reply = next_reply(wait.replies, time.monotonic() + STOP_S)
+        self.in_step = isinstance(reply, Verdict) and reply.complete
+
+    def _leave_behind(self, wait: Wait, reason: str) -> None:
+        """Have the control thread write the verdict; leave the store thread alone, which waits for it."""
+        wait.reason, wait.deadline = reason, time.monotonic()
+        self._thread, self.in_step = None, False
+        self.control.wake()
+
+    def _alone(self, record: Record, waited: float, error: Exception | None, silence: float = 0.0) -> Verdict:
+        """Return what this rank alone can say: without a store there is no agreement."""
+        server = next((r for r, each in self.part.records.items() if each.process.serves), self.server)
+        lost = (server,) if error is not None and server is not None and server != self.rank else ()
+        facts = judge({self.rank: record}, record, self.world_size, lost=lost, timeout=waited)
+        host = "outside of the group" if server is None else f"by rank {server}"
+        what = f"is gone: {error}" if error else f"has not answered for {silence:.1f} s"
+        return self._note(attrs.evolve(facts, reason=f"the group's store (served {host}) {what}"), record)
+
+
+def verdict_alone(record: Record) -> Verdict:
+    """Return the verdict of a rank that has no peers."""
+    return judge({0: record}, record, 1, all_arrived=True) if record.has_something_to_tell else all_ok(record, 1)
+
+
+def _nothing(_: object) -> None:
+    """Do nothing, having connected."""

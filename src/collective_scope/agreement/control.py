@@ -1,0 +1,265 @@
+"""
+The control thread: the one thread of a process that looks, answers and warns.
+
+There is one for each store, with a connection of its own. It works while the thread of a rank is
+blocked in native code that has released the GIL. Several times a second it
+
+* shows a heartbeat,
+* reads the news: which rank failed, which is gone, which are asked where they are,
+* and has each `Span`, a scope that this process is in, look after itself.
+
+==================  =======================================  ==============================
+field               written by                               read by
+==================  =======================================  ==============================
+spans               the ranks' threads, one entry a scope    the control thread
+groups              the ranks' threads, one entry a group    the control thread
+_surveys            the threads that end a process: scopes   the control thread removes them
+                    of which all must be located
+left                the ranks' threads                       the control thread
+heard_at, broken    the control thread                       the ranks' threads
+==================  =======================================  ==============================
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+import attrs
+from torch.distributed import Store, TCPStore
+
+from .part import NEWS, ROOT, Part
+from .process import Place, me
+from .stacks import where_is
+from .store_thread import ABSENT, FOREVER, Failed, base_of, peek, start_thread
+
+
+if TYPE_CHECKING:
+    from .watch import Span
+
+WAITING_S = 0.05
+"""How often the control thread looks while a rank of its process waits; longer in large groups."""
+
+IDLE_S = 0.25
+"""How often it looks otherwise."""
+
+BEAT_S = 1.0
+
+NEWS_S = 30.0
+"""How long an item stays in the news."""
+
+LATE_S = 2.0
+"""How long an item may be announced and not there."""
+
+CLOSING_S = 5.0
+"""How long the process that serves the store waits for the control threads of others to stop."""
+
+SURVEY_S = 2.0
+"""How long a process that is about to end waits to learn where all ranks are."""
+
+OLD_NEWS = 64
+"""Items that a new control thread reads although they are older than it."""
+
+
+class Control:
+    """
+    What looks, answers and warns for this process over one store.
+
+    Args:
+        connect: Returns a client of the store, for use on one thread.
+        kept: A store object that has to stay until the control threads of others have stopped.
+        serves: Whether this process serves the store.
+    """
+
+    def __init__(self, connect: Callable[[], Store], kept: Store | None = None, *, serves: bool = False) -> None:
+        self.spans: dict[int, Span] = {}
+        self.groups: dict[int, Part | None] = {}
+        """The groups of this process, by a number; None for one that is not used, and keeps the thread."""
+        self._items: deque[tuple[int, float]] = deque()
+        self.left = ""
+        """Name of the scope that was left last."""
+        self.heard_at = time.monotonic()
+        """When the store was last heard of."""
+        self.broken: BaseException | None = None
+        """Why there is no control thread any more."""
+        self.pid = os.getpid()
+        self.serves = serves
+        self._connect, self._kept = connect, kept
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._seen = -1
+        self._late: dict[int, float] = {}
+        self._surveys: deque[tuple[Span, SimpleQueue[dict[int, Place]]]] = deque()
+        self._is_closing = False
+        self._beats, self._next_beat = 0, 0.0
+        self._thread: threading.Thread | None = None
+        try:
+            self._thread = start_thread("collective_scope-control", self._run, stop=weakref.WeakMethod(self.stop))
+        except RuntimeError as error:  # the system has no thread to give: ranks end their waits themselves
+            self.broken = error
+
+    # What the ranks' threads call.
+
+    def wake(self) -> None:
+        """Have the control thread look now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Let the control thread end."""
+        self._stop.set()
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the control thread, and wait for it: the store may go as soon as this returns."""
+        self.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(CLOSING_S + 1.0)
+        self._kept = None
+
+    def survey(self, span: Span, timeout: float = SURVEY_S) -> dict[int, Place]:
+        """Return where all ranks of *span*'s group are, as far as that can be said in time."""
+        done: SimpleQueue[dict[int, Place]] = SimpleQueue()
+        self._surveys.append((span, done))
+        self.wake()
+        try:
+            return done.get(timeout=timeout)
+        except Empty:  # the store does not answer
+            return {span.part.rank: self.place(span)}
+
+    def heard(self) -> None:
+        """Note that the store has answered."""
+        self.heard_at = time.monotonic()
+
+    def tell(self, store: Store, item: str) -> int:
+        """Write an item of the news; return its number."""
+        number = store.add(NEWS, 1)
+        store.set(f"{NEWS}/{number}", item)
+        self._items.append((number, time.monotonic()))
+        return number
+
+    # What runs on the control thread.
+
+    def _run(self) -> None:
+        try:
+            view = self._connect()
+            store = base_of(view)
+            if isinstance(store, TCPStore):  # of other stores, a clone is the user's own
+                store.set_timeout(FOREVER)
+            store.add(f"{ROOT}/controls", 1)
+            while not self._stop.is_set() and not (self._is_closing and self._is_idle()):
+                self._wake.clear()
+                self._look(store)
+                self._wake.wait(self._pause())
+            self._take_leave(store)
+        except RuntimeError as error:  # one of torch's store errors: the ranks' own calls meet it too
+            self.broken = error
+        except BaseException as error:
+            self.broken = error
+            for span in list(self.spans.values()):
+                if span.wait is not None:
+                    span.wait.replies.put(Failed(error))
+            raise
+
+    def _is_idle(self) -> bool:
+        return all(span.wait is None or span.wait.over for span in list(self.spans.values()))
+
+    def _pause(self) -> float:
+        sizes = [span.part.world_size for span in list(self.spans.values()) if not span.is_idle]
+        return WAITING_S + max(sizes) / 1000 if sizes else IDLE_S
+
+    def _look(self, store: Store) -> None:
+        fresh = self._read_news(store)
+        now = time.monotonic()
+        for key, span in list(self.spans.items()):
+            span.look(store, now, fresh.get(span.part.life, set()))
+            if span.is_left:
+                self.spans.pop(key, None)
+        while self._surveys:
+            span, done = self._surveys.popleft()
+            done.put(span.survey(store))
+        if now >= self._next_beat:
+            self._beats, self._next_beat = self._beats + 1, now + BEAT_S
+            store.set(f"{ROOT}/beat/{me().key}", str(self._beats))
+        self._remove_news(store, now - NEWS_S)
+
+    def _read_news(self, store: Store) -> dict[str, set[int]]:
+        """Act on the news; return the ranks that have failed, by the life of their group."""
+        count, now = store.add(NEWS, 0), time.monotonic()
+        self.heard()
+        is_first, self._seen = self._seen < 0, max(self._seen, count - OLD_NEWS, 0)
+        fresh: dict[str, set[int]] = {}
+        for number in [*self._late, *range(self._seen + 1, count + 1)]:
+            item = peek(store, f"{NEWS}/{number}")
+            since = self._late.pop(number, now)
+            if item == ABSENT:
+                if not is_first and now < since + LATE_S:
+                    self._late[number] = since
+                continue
+            what, life, *rest = item.decode().split(" ")
+            if what == "closing":
+                self._is_closing = self._is_closing or not is_first
+            elif what == "asked":
+                self._answer(store, life, " ".join(rest), number)
+            elif what == "failed":
+                fresh.setdefault(life, set()).add(int(rest[0]))
+            elif what == "lost":
+                for part in self._parts(life):
+                    part.lost.add(int(rest[0]))
+        self._seen = count
+        return fresh
+
+    def _parts(self, life: str = "") -> list[Part]:
+        protocols = [each for each in list(self.groups.values()) if each is not None]
+        return [each for each in protocols if each.life == life or not life]
+
+    def _remove_news(self, store: Store, until: float) -> None:
+        """Remove what this process wrote until then."""
+        for items in (self._items, *(part.items for part in self._parts())):
+            while items and items[0][1] < until:
+                store.delete_key(f"{NEWS}/{items.popleft()[0]}")
+
+    def _answer(self, store: Store, life: str, round_: str, number: int) -> None:
+        """Tell where the ranks of this process are, except those that wait in the round of the one that asks."""
+        for part in self._parts(life):
+            spans = list(self.spans.values())
+            span = next((each for each in reversed(spans) if each.part is part), None)
+            is_there = span is not None and span.wait is not None and span.wait.record.round == round_
+            if not is_there:
+                place = self.place(span)
+                part.tell_more(store, functools.partial(attrs.evolve, place=place, answered=number))
+
+    def place(self, span: Span | None) -> Place:
+        """Say where the thread is that entered *span*: perhaps in a scope of another group by now."""
+        spans = [each for each in list(self.spans.values()) if span is None or each.thread == span.thread]
+        if not spans:
+            after = f", after scope {self.left!r}" if self.left else ""
+            main = threading.main_thread().ident
+            return Place(me(), phase=f"outside of any scope{after}", frames=where_is(main) if main else "")
+        inner = spans[-1]
+        seconds = time.monotonic() - inner.since
+        frames = where_is(inner.thread, inner.body)
+        return Place(me(), "", inner.path, f"{inner.phase} scope {inner.name!r}", seconds, frames)
+
+    def _take_leave(self, store: Store) -> None:
+        """Leave the store; if this process serves it, as the last one, for a while."""
+        self._remove_news(store, math.inf)
+        store.delete_key(f"{ROOT}/beat/{me().key}")
+        left = store.add(f"{ROOT}/controls", -1)
+        if self.serves and left > 0:
+            self.tell(store, "closing *")
+            deadline = time.monotonic() + CLOSING_S
+            while store.add(f"{ROOT}/controls", 0) > self._ended() and time.monotonic() < deadline:
+                time.sleep(WAITING_S / 5)
+        self.broken = self.broken or RuntimeError("the process that serves the group's store has left")
+
+    def _ended(self) -> int:
+        """Return how many processes are known to have ended without taking leave."""
+        records = [record for part in self._parts() for record in list(part.records.values())]
+        return sum(process.has_ended for process in {record.process for record in records})

@@ -1,0 +1,52 @@
+"""How an exception travels: as text, whatever its methods do."""
+
+from __future__ import annotations
+
+import traceback
+
+
+MESSAGE_LIMIT = 16_384
+"""Characters of an exception's message that travel."""
+
+TRACEBACK_LIMIT = 65_536
+"""Characters of a traceback that travel."""
+
+
+def type_name(exc: BaseException) -> str:
+    """Name the class of *exc* as a traceback does."""
+    cls = type(exc)
+    module = "" if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}."
+    return f"{module}{cls.__qualname__}"
+
+
+def message_of(exc: BaseException) -> str:
+    """Return ``str(exc)``, or why there is none."""
+    try:
+        return str(exc)
+    except Exception as broken:
+        return f"<its str() raised {type_name(broken)}>"
+
+
+def traceback_of(exc: BaseException) -> str:
+    """Return the formatted traceback of *exc*, or what can be said without it."""
+    try:
+        text = "".join(traceback.format_exception(exc))
+    except Exception as broken:
+        # An exception may bring notes, causes or members of its own making.
+        lines = "".join(traceback.format_tb(exc.__traceback__))
+        text = f"{lines}{type_name(exc)}: <it cannot be formatted: that raised {type_name(broken)}>\n"
+    return shorten(text, TRACEBACK_LIMIT)
+
+
+def one_line(kind: str, message: str) -> str:
+    """Return ``kind: message`` on one line of readable length."""
+    text = " ".join(message.split())
+    return shorten(f"{kind}: {text}" if text else kind, 200)
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut the middle out of a *text* of more than *limit* characters, and say so."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} ... ({len(text)} characters in all) ... {text[-half:]}"

@@ -1,0 +1,292 @@
+"""What the control thread looks for while a scope lasts: missing, failed and lost ranks, deadlines, silence."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from .barrier import FIRST_LOOK_S
+from .part import ROOT, Part, Wait
+from .process import NOBODY, Place, me
+from .records import Record, Verdict
+from .rounds import REPORT, ends_early, judge, relation
+from .store_thread import peek
+
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from .control import Control
+
+READ_AT_ONCE = 4
+"""Records of other ranks that are read at each look, in turn, so that large groups do not flood the store."""
+
+ASK_S = 0.5
+"""How long before they are needed ranks are asked where they are; one that has not answered by then will not."""
+
+STAGGER_S = 0.002
+"""How much later each rank decides than the one before it, so that not all read all records at once."""
+
+BEATS_S = 3.0
+"""How long a rank waits before it looks at the heartbeats of other machines."""
+
+What = Literal["waiting", "working", "lost"]
+
+Speak = Callable[[What, Verdict, float], object]
+"""Given what there is to say, the facts so far, and the seconds since it began."""
+
+
+@attrs.define(eq=False)
+class Span:
+    """
+    One scope of one rank, from entry to exit, as the control thread sees it.
+
+    Args:
+        control: What owns the thread that looks.
+        part: The rank's part in the rounds of its group.
+        name: Name of the scope.
+        thread: Identifier of the thread that entered it.
+        body: The code that entered it.
+        warn_after: Seconds until this rank first speaks of ranks that are late; None if it never does.
+        silence: Seconds without a heartbeat after which a rank on another machine counts as lost.
+        speak: Called on the control thread when there is something to say.
+
+    Attributes:
+        path: Path of the scope.
+        stage: The round that the rank comes to next.
+        phase: Where the rank is: ``"in the body of"``, ``"at the barrier of"``, ...
+        since: When it came there, on the monotonic clock.
+        wait: Its wait at the barrier, if it does wait.
+        is_left: Whether the rank has left the scope, though a wait of it is still to be ended.
+    """
+
+    control: Control
+    part: Part
+    name: str
+    thread: int
+    body: CodeType | None
+    warn_after: float | None
+    silence: float
+    speak: Speak
+    path: str = ""
+    stage: str = "exit"
+    phase: str = ""
+    since: float = 0.0
+    wait: Wait | None = None
+    is_left: bool = False
+    # The rest is the control thread's own.
+    _matter: float = attrs.field(default=-1.0, init=False)
+    """When the rank came to where it was at the latest look."""
+    _has_told: bool = attrs.field(default=False, init=False)
+    _asked: tuple[int, float] = attrs.field(default=(0, 0.0), init=False)
+    _turn: int = attrs.field(default=0, init=False)
+    _warnings: Iterator[float] = attrs.field(factory=lambda: iter(()), init=False)
+    _warn_at: float = attrs.field(default=float("inf"), init=False)
+    _beats: dict[int, tuple[bytes, float]] = attrs.field(factory=dict, init=False)
+    _mourned: set[int] = attrs.field(factory=set, init=False)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for what the control thread finds."""
+        return self.wait is None or self.wait.over
+
+    def enter(self, phase: str) -> None:
+        """Note, on the rank's thread, that the rank goes into *phase* now."""
+        self.phase, self.since = phase, time.monotonic()
+
+    def look(self, store: Store, now: float, failed: set[int]) -> None:
+        """Look, on the control thread, at what this rank has to know, and act on it."""
+        if not self.part.life:
+            return  # the store thread has not joined yet
+        wait = None if self.is_idle else self.wait
+        if self.since != self._matter:
+            self._begin()
+        if wait is not None and not self._has_told and now >= wait.start + FIRST_LOOK_S * 0.8:
+            self._tell(store, wait)
+        self._read(store, wait, failed)
+        lost = self._lost(store, now, wait)
+        if wait is not None:
+            self._look_at_wait(store, now, wait, lost)
+        self._speak_of_lost(lost - self._mourned, now)
+        if now >= self._warn_at - ASK_S:
+            self._ask(store, now)
+        if now >= self._warn_at:
+            self._warn(store, now, wait)
+            self._warn_at = next(self._warnings)
+
+    def survey(self, store: Store) -> dict[int, Place]:
+        """Ask all ranks where they are, and return what is known a moment later."""
+        self._asked = self.control.tell(store, f"asked {self.part.life} "), time.monotonic()
+        others = self._others()
+        while time.monotonic() < self._asked[1] + ASK_S:
+            self.part.read(store, others)
+            if all(r.answered >= self._asked[0] for rank, r in self.part.records.items() if rank in others):
+                break
+            time.sleep(FIRST_LOOK_S / 2)
+        return self._where(time.monotonic(), others) | {self.part.rank: self.control.place(self)}
+
+    def _begin(self) -> None:
+        self._matter = self.since
+        self._has_told, self._asked, self._turn = False, (0, 0.0), 0
+        if self.warn_after is not None:
+            self._warnings = warning_times(self.since, self.warn_after)
+            self._warn_at = next(self._warnings)
+
+    def _mine(self, wait: Wait | None) -> Record:
+        return wait.record if wait is not None else Record(self.path, self.stage, process=me())
+
+    def _others(self) -> list[int]:
+        """Return all other ranks, beginning with the one after this."""
+        size = self.part.world_size
+        return [(self.part.rank + each) % size for each in range(1, size)]
+
+    def _missing(self, wait: Wait | None) -> list[int]:
+        """Return the other ranks that are not known to have come to this rank's round."""
+        mine, records = self._mine(wait), self.part.records
+        return [r for r in self._others() if r not in records or not _is_there(records[r], mine)]
+
+    def _tell(self, store: Store, wait: Wait) -> None:
+        """Tell that this rank waits; one that had nothing to report has told nothing so far."""
+
+        def tell(record: Record) -> Record | None:
+            is_told = record.round == wait.record.round and record.arrived
+            return None if wait.over or is_told else attrs.evolve(wait.record, arrived=wait.counted)
+
+        if wait.counted:
+            self._has_told = self.part.tell_more(store, tell) or wait.record.has_something_to_tell
+
+    def _read(self, store: Store, wait: Wait | None, failed: set[int]) -> None:
+        """Refresh the records that matter: of ranks that failed, and in turn of those that are missing, or unknown."""
+        if wait is not None:
+            ranks = self._missing(wait)
+        else:
+            ranks = [rank for rank in self._others() if rank not in self.part.records]
+        start = self._turn % max(1, len(ranks))
+        chosen = (ranks[start:] + ranks[:start])[:READ_AT_ONCE]
+        self._turn = start + READ_AT_ONCE
+        self.part.read(store, {*chosen, *(failed - {self.part.rank})})
+
+    def _lost(self, store: Store, now: float, wait: Wait | None) -> set[int]:
+        """Return the ranks that are known to be gone, and tell the peers of those that nobody has told of."""
+        known = self.part.lost
+        for rank, record in list(self.part.records.items()):
+            process = record.process
+            if rank in known or rank == self.part.rank or process in (NOBODY, me()) or record.last_word:
+                continue
+            if process.has_ended if process.is_here else self._is_silent(store, now, rank, wait):
+                known.add(rank)
+                self.control.tell(store, f"lost {self.part.life} {rank}")
+        return set(known)
+
+    def _is_silent(self, store: Store, now: float, rank: int, wait: Wait | None) -> bool:
+        """Whether a rank on another machine has shown no heartbeat for too long, as seen by one that waits for it."""
+        if wait is None or now < wait.start + BEATS_S or rank not in self._missing(wait)[:READ_AT_ONCE]:
+            return False
+        beat = peek(store, f"{ROOT}/beat/{self.part.records[rank].process.key}")
+        if beat != self._beats.get(rank, (b"", 0.0))[0]:
+            self._beats[rank] = (beat, now)
+        return now - self._beats[rank][1] > self.silence
+
+    def _look_at_wait(self, store: Store, now: float, wait: Wait, lost: set[int]) -> None:
+        """End the wait of this rank, and of all, if there is a reason."""
+        peers = {rank: r for rank, r in self.part.records.items() if rank != self.part.rank}
+        for record in peers.values():
+            if not record.outcome.ok and relation(record, wait.record) == "here":
+                wait.deadline = min(wait.deadline, max(now, wait.start) + wait.failure_timeout)
+        is_split = any(ends_early(record, wait.record) for record in peers.values())
+        deadline = wait.deadline + min(ASK_S, STAGGER_S * self.part.rank)
+        if not is_split and not lost and now < deadline:
+            if now >= wait.deadline - 2 * ASK_S:
+                self._ask(store, now)
+            return
+        if not is_split and not wait.reason and not lost:
+            self._ask(store, now)
+            if now < self._asked[1] + ASK_S and not self._have_answered(store, wait):
+                return
+        self.part.decide(wait, store, lost, self._where(now, {*self._missing(wait), *lost}))
+        if wait.reason:
+            wait.over = True
+
+    def _ask(self, store: Store, now: float) -> None:
+        """Ask the ranks that are not here where they are, unless that has been done a moment ago."""
+        if now > self._asked[1] + 2 * ASK_S + 0.1:
+            round_ = "" if self.wait is None else self.wait.record.round
+            self._asked = self.control.tell(store, f"asked {self.part.life} {round_}"), now
+
+    def _have_answered(self, store: Store, wait: Wait | None) -> bool:
+        missing = self._missing(wait)
+        self.part.read(store, missing)
+        records = self.part.records
+        return all(
+            rank not in records or records[rank].answered >= self._asked[0] or records[rank].last_word
+            for rank in missing
+        )
+
+    def _where(self, now: float, ranks: Iterable[int]) -> dict[int, Place]:
+        """Return where *ranks* are, by their own account or, failing that, by the system's."""
+        places = {}
+        for rank in ranks:
+            record = self.part.records.get(rank)
+            if record is None or record.process == NOBODY:
+                continue
+            state = record.process.state()
+            if record.place is not None and record.answered >= self._asked[0] > 0:
+                places[rank] = attrs.evolve(record.place, state=state)
+            elif record.last_word:
+                places[rank] = Place(record.process, state, phase=record.last_word)
+            else:
+                asked = self._asked[1] or now
+                places[rank] = Place(record.process, state, silence=now - asked)
+        return places
+
+    def _facts(self, now: float, wait: Wait | None, lost: Iterable[int], where: dict[int, Place]) -> Verdict:
+        mine, size = self._mine(wait), self.part.world_size
+        records = {**self.part.records, self.part.rank: mine}
+        return judge(records, mine, size, lost=lost, where=where, timeout=now - self.since)
+
+    def _speak_of_lost(self, ranks: set[int], now: float) -> None:
+        """Say at once which ranks are gone. A rank that waits is told by the verdict."""
+        if ranks and self.is_idle and self.warn_after is not None:
+            self._mourned |= ranks
+            self.speak("lost", self._facts(now, None, ranks, self._where(now, ranks)), now - self.since)
+
+    def _warn(self, store: Store, now: float, wait: Wait | None) -> None:
+        """Say which ranks are late and where they are: each rank that waits, or one for all that are at work."""
+        if wait is None and not self._speaks_for_all(store):
+            return
+        self._have_answered(store, wait)
+        if wait is not None and (wait.over or not self._missing(wait)):
+            return  # those that were missing may have come while they were asked
+        where = self._where(now, self._missing(wait))
+        if wait is None:
+            where[self.part.rank] = self.control.place(self)
+        facts = self._facts(now, wait, self.part.lost, where)
+        self.speak("working" if wait is None else "waiting", facts, now - self.since)
+
+    def _speaks_for_all(self, store: Store) -> bool:
+        """Whether no rank has come to the end of the body, and this is the lowest of those that are alive and in it."""
+        if store.add(f"{self.part.key(self._mine(None).round)}/n", 0) % REPORT > 0:
+            return False
+        for rank in range(self.part.rank):
+            self.part.read(store, [rank])
+            record = self.part.records.get(rank)
+            if rank not in self.part.lost and record is not None and record.place is not None:
+                is_in = record.answered >= self._asked[0] and record.place.scope.startswith(self.path)
+                if is_in:
+                    return False
+        return True
+
+
+def _is_there(record: Record, mine: Record) -> bool:
+    return record.arrived and record.round == mine.round
+
+
+def warning_times(start: float, after: float) -> Iterator[float]:
+    """Return when a rank speaks of what lasts since *start*: after 1, 3, 6, 12, 24, 36, ... times *after* seconds."""
+    yield from (start + after, start + 3 * after, start + 6 * after)
+    yield from itertools.count(start + 12 * after, 12 * after)
