@@ -170,11 +170,14 @@ def has_appeared(trace: object) -> bool:
     return sys.excepthook is not trace and getattr(sys.excepthook, "__name__", "") == "_distributed_excepthook"
 
 
+def has_accelerator() -> bool:
+    """Whether this machine has an accelerator that torch can use."""
+    return torch.accelerator.current_accelerator() is not None
+
+
 def synchronize_accelerator() -> None:
     """Wait for the work that this process has given its accelerator, if it uses one."""
     device = torch.accelerator.current_accelerator()
-    if device is None:
-        return
     # A process that has not touched its accelerator shall not create a context on it now.
     is_initialized = getattr(torch.get_device_module(device), "is_initialized", None)
     if is_initialized is None or is_initialized():

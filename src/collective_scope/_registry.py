@@ -35,7 +35,7 @@ class Registry:
     _cleanups: CleanupStack = attrs.field(factory=CleanupStack, init=False)
     _after: CleanupStack = attrs.field(factory=CleanupStack, init=False)
     _held: list[object] = attrs.field(factory=list, init=False)
-    _agreed_already: bool = attrs.field(default=False, init=False)
+    _is_past_barrier: bool = attrs.field(default=False, init=False)
     """Whether the last barrier is over, so that no collective cleanup can be agreed on any more."""
     _failures: Failures = attrs.field(factory=Failures, init=False)
 
@@ -102,7 +102,7 @@ class Registry:
         if fingerprint is not None and not callable(fingerprint):
             msg = f"fingerprint must be callable (got {fingerprint!r})"
             raise TypeError(msg)
-        if self._agreed_already:
+        if self._is_past_barrier:
             msg = f"the ranks have left the barrier of scope {self.name!r}; a collective cleanup comes too late"
             raise RuntimeError(msg)
         self._register(self._cleanups, fn, args, kwargs, name=name, collective=True, fingerprint=fingerprint)

@@ -78,7 +78,6 @@ class CollectiveScope(Teardown):
     _given: tuple[Callable[[], object], ...]
     _body: CodeType | None = None
     """The code that the body is; that of the caller of ``__enter__`` if not given."""
-    _parent: CollectiveScope | None = attrs.field(default=None, init=False)
     _pid: int = attrs.field(default=0, init=False)
     _thread: int = attrs.field(default=0, init=False)
 
@@ -147,37 +146,43 @@ class CollectiveScope(Teardown):
         if self._state != "new":
             msg = "a scope guards one 'with' block; make a new one, or use it as a decorator"
             raise RuntimeError(msg)
-        self._body = self._body or sys._getframe(1).f_code  # noqa: SLF001  (documented; no reference to the frame)
-        self._pid, self._thread = os.getpid(), threading.get_ident()
         try:
-            self._enter()
+            self._enter(sys._getframe(1).f_code)  # noqa: SLF001  (documented; no reference to the frame)
+            return self  # noqa: TRY300  (an interrupt may come here)
         except BaseException as refusal:
-            self._refuse(refusal)
+            try:
+                self._refuse(refusal)
+            except BaseException as interrupt:  # one that came between two lines of the loop itself
+                self._failures.raised.append(("teardown", interrupt))
+                self._refuse(refusal)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, body_error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._pid != os.getpid():
-            return  # a forked child: the scope is its parent's
-        if self._thread != threading.get_ident():
-            msg = _report.left_out_of_order(self.name, "by another thread than the one that entered it")
-            raise RuntimeError(msg)
         try:
+            if not self._is_of_this_thread():
+                return
             self._begin_exit(body_error)
             self._tear_down()
         except BaseException as interrupt:  # one that came between two lines of the loop itself
+            if self._thread != threading.get_ident() or self._state == "left":
+                raise
             self._failures.raised.append(("teardown", interrupt))
             self._begin_exit(body_error)
             self._tear_down()
-        surfaced = self._surfaced
-        self._end(surfaced)
+        surfaced, self._surfaced = self._surfaced, None
         if surfaced is not None and surfaced is not body_error:
             try:
                 raise surfaced
             finally:
                 del surfaced  # this frame is in its traceback: no cycle
+
+    def _is_of_this_thread(self) -> bool:
+        """Whether this process and thread entered the scope; a forked child has copies of its parent's scopes."""
+        if self._thread != threading.get_ident() and self._pid == os.getpid():
+            raise RuntimeError(_report.left_out_of_order(self.name, "by another thread than the one that entered it"))
+        return self._pid == os.getpid()
 
     def fail(self, error: BaseException) -> None:
         """
@@ -201,7 +206,9 @@ class CollectiveScope(Teardown):
         self._failures.body = error
         self._fail("body", error)
 
-    def _enter(self) -> None:
+    def _enter(self, caller: CodeType) -> None:
+        self._body = self._body or caller
+        self._pid, self._thread = os.getpid(), threading.get_ident()
         self._parent = _current.get()
         self._find()
         if self._membership is None:
@@ -216,18 +223,18 @@ class CollectiveScope(Teardown):
             barrier.join()
             if self._options.meet_at_entry or not barrier.in_step:
                 self._meet_at_entry(barrier.rank)
-        self._state = "in the body"
         if self._span is not None:
             self._span.enter("in the body of")
         if self._options.lockstep_gc:
             self._gc_was_enabled = gc.isenabled()
             gc.disable()
+        self._state = "in the body"
 
     def _take_place(self, membership: _groups.Membership) -> None:
         """Find the path of this scope among those on its group."""
         around = membership.open[-1] if membership.open else None
         if around is not None and around._thread != self._thread:  # noqa: SLF001  (a scope too)
-            self._membership = None
+            self._membership = self._barrier = None
             msg = (
                 f"scope {self.name!r} cannot be entered: another thread of this process is in scope {around.name!r}"
                 " of the same group; a rank is one thread at a time"
@@ -261,6 +268,7 @@ class CollectiveScope(Teardown):
     def _find(self) -> None:
         if self._membership is None and (found := _groups.find(self._group)) is not None:
             self._membership, self._kept = found
+            self._barrier = self._membership.barrier
 
     def _look_around(self) -> None:
         if self._state == "in the body" and self._membership is None and self._group is None:
@@ -277,11 +285,21 @@ class CollectiveScope(Teardown):
 
     def _refuse(self, refusal: BaseException) -> None:
         """Leave a scope whose body does not start: clean up what it was given, and attach what that raises."""
-        self._state = "in the teardown"
-        self._steps = [self._run_rest]
+        if self._state in ("new", "in the body"):
+            self._in_flight = refusal
+            self._plan()
+            if (
+                not self._path or self._arrived_at == "entry"
+            ):  # otherwise the peers are in their bodies, and wait for it
+                self._surfaced = refusal
+                self._steps = [self._release, self._end, self._attach, self._run_rest]
+            self._state = "in the teardown"
         self._tear_down()
-        self._failures.attach(self.name, refusal)
-        self._end(refusal)
+        self._surfaced = None
+
+    def _attach(self) -> None:
+        if self._surfaced is not None:  # it is what refuses the body
+            self._failures.attach(self.name, self._surfaced)
 
     def _begin_exit(self, body_error: BaseException | None) -> None:
         if self._state == "in the body":
@@ -303,25 +321,23 @@ class CollectiveScope(Teardown):
             text = f"before scope {inner[0].name!r}, which was entered within it"
             self._fail("exit", RuntimeError(_report.left_out_of_order(self.name, text)))
 
-    def _end(self, raised: BaseException | None) -> None:
-        self._state = "left"
+    def _end(self) -> None:
+        """Take this scope out of everything that knows it."""
         if self._gc_was_enabled:
             gc.enable()
         if _current.get() is self:
             _current.set(self._parent)
         if self._parent is not None:
-            self._parent._told = raised  # noqa: SLF001  (a scope too)
+            self._parent._told = self._surfaced  # noqa: SLF001  (a scope too)
         if self._killer is not None:
             self._killer.cancel()
-        if self._membership is not None and self in self._membership.open:
-            self._membership.open.remove(self)
+        if self._membership is not None and self._membership.open[-1:] == [self]:
+            self._membership.open.pop()
         if (span := self._span) is not None:
             span.control.left, span.is_left = self.name, True
             if span.is_idle:
                 span.control.spans.pop(id(span), None)
-        # Last of all: freeing these may run destructors that the peers take part in.
-        self._release()
-        self._told = self._parent = self._membership = self._kept = self._in_flight = self._surfaced = None
+        self._state = "left"
 
     # For the thread that ends the process.
 
@@ -336,5 +352,5 @@ class CollectiveScope(Teardown):
             here = Place(me(), phase=f"in scope {self.name!r}", seconds=seconds)
             return _report.out_of_patience(self.name, seconds, {0: here}, 0)
         outcome = Outcome("kill_after", "TimeoutError", f"not left within {seconds:.1f} s; its process was ended")
-        barrier.publish(attrs.evolve(self._record(self._next_stage), outcome=outcome))
+        barrier.publish(attrs.evolve(self._record(self._stage), outcome=outcome))
         return _report.out_of_patience(self.name, seconds, barrier.control.survey(span), barrier.rank)

@@ -37,8 +37,8 @@ __tracebackhide__ = True
 
 logger = logging.getLogger("collective_scope")
 
-MOST_TRIES = 5
-"""How often a step is begun, at most, that interrupts keep from its end."""
+MOST_TRIES = 3
+"""How often a step is begun, at most, that interrupts keep from its end. What users gave has a guard of its own."""
 
 _last_with_default_group: list[str] = []
 """Name of the last scope that had a default group for its group; empty if none had."""
@@ -67,6 +67,7 @@ class Teardown(Registry):
 
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _membership: _groups.Membership | None = attrs.field(default=None, init=False)
+    _barrier: Barrier | None = attrs.field(default=None, init=False)
     _is_late: bool = attrs.field(default=False, init=False)
     """Whether the group was not found at the entry."""
     _kept: Any = attrs.field(default=None, init=False)
@@ -76,6 +77,7 @@ class Teardown(Registry):
     """How many scopes on the same group have been entered directly within this one."""
     _is_orphan: bool = attrs.field(default=False, init=False)
     """Whether a scope around this one was left first."""
+    _parent: Any = attrs.field(default=None, init=False)
     _told: BaseException | None = attrs.field(default=None, init=False)
     """What an inner scope raised; it is logged already."""
     _span: Span | None = attrs.field(default=None, init=False)
@@ -88,6 +90,8 @@ class Teardown(Registry):
     """What the body raised."""
     _number: int = attrs.field(default=1, init=False)
     """Which exit barrier comes next."""
+    _stage: str = attrs.field(default="exit", init=False)
+    """What it is called."""
     _arrived_at: str = attrs.field(default="", init=False)
     """The stage that this rank came to last."""
     _agreed: tuple[str, ...] | None = attrs.field(default=None, init=False)
@@ -108,25 +112,26 @@ class Teardown(Registry):
                     self._tries = 0
             except BaseException as error:
                 self._fail("teardown", error)
-                # An interrupt says nothing of the step that it met.
+                # It says nothing of the step that it met.
                 self._tries += 1
-                if isinstance(error, Exception) or self._tries >= MOST_TRIES:
+                if self._tries >= MOST_TRIES:
                     self._steps.pop()
                     self._tries = 0
+                if self._is_past_barrier and self._steps[-1:] != [self._surface]:
+                    self._steps.append(self._surface)  # what surfaces may be another error now
 
     def _plan(self) -> None:
-        collect = [self._collect] if self._options.lockstep_gc else []
-        synchronize = [self._synchronize] if self._options.synchronize else []
-        self._steps = [
-            self._surface,
-            self._run_after,
-            self._run_rest,
-            self._leave_together,
-            self._find_late,
-            *collect,
-            *synchronize,
-            self._note_body,
-        ]
+        """List the steps, the first one last; those that have nothing to do are left out."""
+        steps: list[Callable[[], object]] = [self._release, self._end, self._surface, self._leave_together]
+        if self._is_late or self._group is None or self._kept is not None:
+            steps.append(self._look_at_group)
+        if self._options.lockstep_gc:
+            steps.append(self._collect)
+        if self._options.synchronize and _groups.has_accelerator():
+            steps.append(self._synchronize)
+        if self._in_flight is not None:
+            steps.append(self._note_body)
+        self._steps = steps
 
     # The steps, in the order in which they are run.
 
@@ -155,8 +160,8 @@ class Teardown(Registry):
                 chain += [error.__cause__, error.__context__, *(_members(error))]
         gc.collect()
 
-    def _find_late(self) -> None:
-        """Look for a group that the body has made."""
+    def _look_at_group(self) -> None:
+        """Look for a group that the body has made, and for one that it has destroyed."""
         if self._membership is None:
             self._guard("lookup of the group", self._find)
         if self._membership is None:
@@ -164,11 +169,12 @@ class Teardown(Registry):
                 logger.warning("%s", _report.group_is_gone(self.name, _last_with_default_group[0]))
             elif self._group is None and _groups.has_appeared(self._trace):
                 logger.warning("%s", _report.group_came_and_went(self.name))
-        elif self._is_late and not self._path and (barrier := self._barrier) is not None:
+            return
+        if self._is_late and not self._path and (barrier := self._barrier) is not None:
             # The scopes that were within this one do not count any more.
             self._path, barrier.late, barrier.entered = late_path(barrier.late, self.name), barrier.late + 1, 0
             self._appear()
-        if self._group is None and self._membership is not None:
+        if self._group is None:
             _last_with_default_group[:] = [self.name]
         if _groups.is_destroyed(self._kept):
             logger.warning("%s", _report.group_was_destroyed(self.name))
@@ -186,26 +192,25 @@ class Teardown(Registry):
                 if self._agreed is None:
                     return
             elif top is None or self._name_of(top) in self._agreed:
+                number = self._number + 1
                 # One line: either this cleanup is the one to be run, before the next barrier, or nothing has changed.
-                self._chosen, self._agreed, self._number = top, None, self._number + 1
+                self._chosen, self._agreed, self._number, self._stage = top, None, number, f"exit {number}"
             else:
                 self._skip(top)
 
     def _meet(self) -> None:
         """Arrive at the next barrier; note which collective cleanups may be run after it."""
-        stage = self._next_stage
-        if self._arrived_at != stage:
+        if self._arrived_at != self._stage:
             self.verdict = None
-            verdict = self._arrive(stage)
-            self._mismatch = self._mismatch or (verdict if verdict.cleanups else None)
-            if self._mismatch is not None:
-                verdict = attrs.evolve(verdict, cleanups=self._mismatch.cleanups, agreed=self._mismatch.agreed)
+            verdict = self._arrive(self._stage)
+            if verdict.cleanups or self._mismatch is not None:
+                self._mismatch = mismatch = self._mismatch or verdict
+                verdict = attrs.evolve(verdict, cleanups=mismatch.cleanups, agreed=mismatch.agreed)
             # One line: whoever sees the verdict sees what may be run.
-            self.verdict, self._agreed = verdict, verdict.agreed if verdict.complete and verdict.pending else None
+            self.verdict, self._agreed = verdict, verdict.agreed if verdict.pending and verdict.complete else None
 
     def _run_rest(self) -> None:
         """Run what is left and local. What is collective does not run without an agreement."""
-        self._agreed_already = True
         while (top := self._cleanups.top()) is not None:
             if top.collective:
                 self._skip(top)
@@ -223,8 +228,30 @@ class Teardown(Registry):
                 self._skip(top)
 
     def _surface(self) -> None:
-        """Choose what this rank raises."""
-        self._surfaced = self._failures.surface(self.name, self.verdict, self._barrier.rank if self._barrier else 0)
+        """Run what is left, and choose what this rank raises."""
+        self._is_past_barrier = True
+        if self._cleanups or self._after:
+            self._run_rest()
+            self._run_after()
+        if self._failures.raised or self._failures.skipped or self.verdict is None or not self.verdict.ok:
+            rank = 0 if self._barrier is None else self._barrier.rank
+            self._surfaced = self._failures.surface(self.name, self.verdict, rank)
+
+    def _end(self) -> None:
+        """Take this scope out of everything that knows it."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Drop all references; keep for ever what a peer may still be using."""
+        if self._held and (self.verdict is None or not self.verdict.complete):
+            keep_for_ever(*self._held)
+        keep_for_ever(*self._failures.skipped)
+        # Last of all: freeing these may run destructors that the peers take part in.
+        self._held.clear()
+        self._cleanups.clear()
+        self._after.clear()
+        self._failures.clear()
+        self._told = self._parent = self._membership = self._barrier = self._kept = self._in_flight = self._span = None
 
     # What the steps do it with.
 
@@ -249,30 +276,21 @@ class Teardown(Registry):
         """Note that *error* was raised in *phase*; then tell the peers, if it is the first; then log it."""
         self._failures.raised.append((phase, error))
         barrier = self._barrier
-        if barrier is not None and len(self._failures.raised) == 1 and self._path and not self._agreed_already:
-            barrier.publish(self._record(self._next_stage))
+        if barrier is not None and len(self._failures.raised) == 1 and self._path and not self._is_past_barrier:
+            barrier.publish(self._record(self._stage))
         # A body that has made the group, and failed, has no barrier yet.
         rank, world_size = _groups.place_in_world() if barrier is None else (barrier.rank, barrier.world_size)
         if error is not self._told:  # what an inner scope raised is in the log already
             self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size)
 
-    @property
-    def _barrier(self) -> Barrier | None:
-        return None if self._membership is None else self._membership.barrier
-
-    @property
-    def _next_stage(self) -> str:
-        return "exit" if self._number == 1 else f"exit {self._number}"
-
     def _arrive(self, stage: str) -> Verdict:
-        is_entry = stage == "entry"
-        left = {} if is_entry else self._cleanups.collective()
-        listed = tuple(self._listed(name, cleanup) for name, cleanup in left.items())
+        is_entry, options, barrier = stage == "entry", self._options, self._barrier
+        listed: tuple[Listed, ...] = ()
+        if self._cleanups and not is_entry:
+            listed = tuple(self._listed(name, cleanup) for name, cleanup in self._cleanups.collective().items())
         record = self._record(stage, listed)
-        barrier = self._barrier
         if barrier is None:
             return verdict_alone(record)
-        options = self._options
         # A rank that is stuck in an earlier scope must not cost each further one a whole timeout.
         timeout = min(options.timeout, options.failure_timeout) if is_entry else options.timeout
         if self._killer is not None:
@@ -312,16 +330,6 @@ class Teardown(Registry):
     def _appear(self) -> None:
         """Let the control thread see this scope."""
         raise NotImplementedError
-
-    def _release(self) -> None:
-        """Drop all references; keep for ever what a peer may still be using."""
-        if self.verdict is None or not self.verdict.complete:
-            keep_for_ever(*self._held)
-        keep_for_ever(*self._failures.skipped)
-        self._held.clear()
-        for each in (self._cleanups, self._after):
-            each.clear()
-        self._failures.clear()
 
 
 def _members(error: BaseException) -> tuple[BaseException, ...]:

@@ -1,35 +1,84 @@
 """
 What leaving a scope costs, as a ratio against what people do today.
 
-Measured interleaved in the same processes: an empty scope, a bare
-``dist.barrier()``, and ``dist.barrier()`` plus ``all_gather_object`` of an
-outcome (the usual way to agree). Beside them, what no barrier over a store can
-go below: the two calls, ``add`` and ``wait`` or ``set``, made on the main
-thread, where nothing bounds them; and the same on a thread of their own, so
-that they are bounded, with the confirmations for which a rank that hosts the
-store must wait before it may end. Medians over batches, of the slowest rank.
-The store is hosted by rank 0, as after a plain ``init_process_group``, or by a
-process that is no rank, as under torchrun.
+Everything is measured interleaved in the same processes. ``floor`` is the least that this design
+can cost: ``add`` to the count and ``get`` of the verdict, on a second thread, and nothing else.
 
-Run: ``python -m tests.benchmarks.bench_exit [--ranks 2 4 8] [--batches 60] [--host rank0 launcher]``
+* ``tight``: many calls in a row; microseconds a call on the slowest rank, median over batches.
+* ``once``: one call after a body of 3 ms, so that no rank is hot; microseconds from the last arrival
+  to the last release, which is what a test suite pays; median.
+* ``simulated``: up to 1 024 ranks, threads that run the real agreement over one TCPStore.
+* ``far``: two ranks on two hosts, network namespaces, with a delay between them.
+
+Prints a table; ``--json FILE`` writes the figures, ``--plot FILE`` draws them (matplotlib, extra ``benchmark``).
+
+Run: ``python -m tests.benchmarks.bench_exit [--ranks 2 4 8 16] [--batches 40] [--simulated 64 1024] [--far 1 10]``
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
+import json
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.elastic.utils.store import barrier as elastic_barrier
 
 from collective_scope import collective_scope
-from collective_scope._store_thread import StoreThread
+from collective_scope.agreement.part import Part, Wait
+from collective_scope.agreement.records import Record
+from tests.hosts import HostsError, two_hosts
+
+
+LOOPBACK = "127.0.0.1"
+FOREVER = timedelta(days=1)
+BODY_S = 0.003
+
+Call = Callable[[], object]
+Figures = dict[str, float]
+
+
+class Floor:
+    """``add``, ``get`` and nothing else, on a thread of its own; the keys of the round before are removed."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.round = rank, world_size, 0
+        self.jobs: SimpleQueue[Any] = SimpleQueue()
+        self.replies: SimpleQueue[Any] = SimpleQueue()
+        client = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def __call__(self) -> None:
+        """Wait for all ranks."""
+        self.jobs.put(self.round)
+        self.round += 1
+        self.replies.get(timeout=60)
+
+    def _serve(self, store: dist.Store) -> None:
+        store.set_timeout(FOREVER)
+        while True:
+            number = self.jobs.get()
+            is_last = store.add(f"floor/{number}/n", 1) == self.world_size
+            if is_last:
+                store.compare_set(f"floor/{number}/v", "", "ok")
+            else:
+                store.get(f"floor/{number}/v")
+            self.replies.put(True)
+            if is_last and number:
+                store.delete_key(f"floor/{number - 1}/n")
+                store.delete_key(f"floor/{number - 1}/v")
 
 
 def empty_scope() -> None:
@@ -43,61 +92,35 @@ def barrier_and_gather() -> None:
     dist.all_gather_object(outcomes, (dist.get_rank(), "ok", None))
 
 
-@attrs.define
-class StoreCalls:
-    """The least that a barrier over a store does: nothing is told, agreed or removed."""
-
-    store: dist.Store
-    prefix: str
-    host: int | None = None
-    """The rank that waits for confirmations."""
-    thread: StoreThread | None = None
-    rounds: int = 0
-
-    def __call__(self) -> None:
-        """Wait for all ranks, once."""
-        self.rounds += 1
-        if self.thread is None:
-            self._meet(self.store)
-        else:
-            self.thread.call(self._meet, 60.0)
-
-    def _meet(self, store: dist.Store) -> None:
-        key, rank, world_size = f"{self.prefix}/{self.rounds}", dist.get_rank(), dist.get_world_size()
-        is_last = store.add(key, 1) == world_size
-        if is_last:
-            store.set(f"{key}/ok", "")
-        if rank == self.host:
-            store.wait([f"{key}/seen/{peer}" for peer in range(world_size) if peer != rank])
-        elif not is_last:
-            store.wait([f"{key}/ok"])
-        if self.host not in (None, rank):
-            store.set(f"{key}/seen/{rank}", "")
+def numbered(call: Callable[[int], object]) -> Call:
+    """Return a function that calls *call* with a number that is new each time."""
+    count = iter(range(10**9))
+    return lambda: call(next(count))
 
 
-CASES: dict[str, tuple[Callable[[], object], int]] = {
-    "empty scope": (empty_scope, 20),
-    "dist.barrier": (dist.barrier, 20),
-    "barrier + all_gather_object": (barrier_and_gather, 2),
-}
+def cases_of(store: dist.Store, rank: int, world_size: int) -> dict[str, tuple[Call, int]]:
+    """Return what is measured, and how often it is called in a batch."""
+    cases: dict[str, tuple[Call, int]] = {
+        "scope": (empty_scope, 20),
+        "floor": (Floor(store, rank, world_size), 20),
+        "dist.barrier": (dist.barrier, 20),
+        "barrier + all_gather_object": (barrier_and_gather, 2),
+        "elastic barrier": (
+            numbered(lambda n: elastic_barrier(store, world_size, f"elastic/{n}", barrier_timeout=60)),
+            5,
+        ),
+    }
+    if not torch.cuda.is_available():
+        cases["monitored_barrier"] = (functools.partial(dist.monitored_barrier, timeout=timedelta(seconds=60)), 5)
+    if hasattr(dist.Store, "barrier"):  # torch 2.12 and newer
+        cases["Store.barrier"] = (
+            numbered(lambda n: store.barrier(f"store/{n}", world_size, timedelta(seconds=60))),  # type: ignore[attr-defined]
+            5,
+        )
+    return cases
 
 
-def measure(rank: int, world_size: int, host: str, port: int, batches: int) -> None:
-    torch.set_num_threads(1)
-    meeting = dist.TCPStore("127.0.0.1", port, is_master=False)
-    store = meeting
-    if host == "rank0":
-        if rank == 0:
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            meeting.set("port", str(store.port))
-        else:
-            store = dist.TCPStore("127.0.0.1", int(meeting.get("port")), is_master=False)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world_size else "gloo"
-    if "nccl" in backend:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    bounded = StoreCalls(store, "bounded", 0 if host == "rank0" else None, StoreThread(store.clone))
-    cases = CASES | {"two store calls": (StoreCalls(store, "bare"), 20), "bounded": (bounded, 20)}
+def measure_tight(cases: dict[str, tuple[Call, int]], batches: int) -> Figures:
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(batches):
         for name, (call, repeats) in cases.items():
@@ -106,32 +129,202 @@ def measure(rank: int, world_size: int, host: str, port: int, batches: int) -> N
             for _ in range(repeats):
                 call()
             taken[name].append((time.perf_counter() - start) / repeats * 1e6)
-    for name, values in taken.items():
-        slowest = torch.tensor(values, dtype=torch.float64)
-        if "nccl" in backend:
-            slowest = slowest.cuda()
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        taken[name] = slowest.tolist()
+    return {name: statistics.median(reduce_max(values)) for name, values in taken.items()}
+
+
+def measure_once(cases: dict[str, tuple[Call, int]], batches: int) -> Figures:
+    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in cases}
+    for _ in range(batches):
+        for name, (call, _) in cases.items():
+            arrivals, releases = taken[name]
+            if name == "scope":
+                with collective_scope(name="bench"):
+                    time.sleep(BODY_S)
+                    arrivals.append(time.monotonic())  # one clock for all processes of a machine
+            else:
+                time.sleep(BODY_S)
+                arrivals.append(time.monotonic())
+                call()
+            releases.append(time.monotonic())
+    return {
+        name: statistics.median(
+            (last_out - last_in) * 1e6
+            for last_in, last_out in zip(reduce_max(arrivals), reduce_max(releases), strict=True)
+        )
+        for name, (arrivals, releases) in taken.items()
+    }
+
+
+def reduce_max(values: list[float]) -> list[float]:
+    """Return, for each of the *values*, the greatest of all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    tensor = tensor.cuda() if torch.cuda.is_available() else tensor
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return [float(value) for value in tensor]
+
+
+def run_rank(rank: int, world_size: int, host: str, port: int, batches: int, result: SimpleQueue[Any]) -> None:
+    torch.set_num_threads(1)
+    meeting = dist.TCPStore(host, port, wait_for_workers=False)
+    # Rank 0 serves the group's store, as after a plain init_process_group.
     if rank == 0:
-        medians = {name: statistics.median(values) for name, values in taken.items()}
-        scope = medians["empty scope"]
-        row = " | ".join(f"{name} {value:8.0f} us" for name, value in medians.items())
-        ratios = (scope / medians["dist.barrier"], scope / medians["barrier + all_gather_object"])
-        print(f"{world_size:2} ranks, store in {host} | {row} | scope / barrier {ratios[0]:.2f}"
-              f" | scope / (barrier + gather) {ratios[1]:.3f}", flush=True)  # fmt: skip
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        meeting.set("port", str(store.port))
+    else:
+        store = dist.TCPStore(host, int(meeting.get("port")), wait_for_workers=False)
+    is_gpu = torch.cuda.is_available()
+    if is_gpu:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if is_gpu else "gloo", store=store, rank=rank, world_size=world_size)
+    cases = cases_of(store, rank, world_size)
+    measure_tight(cases, 3)  # warm up
+    figures = {"tight": measure_tight(cases, batches), "once": measure_once(cases, 2 * batches)}
+    if rank == 0:
+        result.put(figures)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def measure(world_size: int, batches: int) -> dict[str, Figures]:
+    server = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    result = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(run_rank, (world_size, LOOPBACK, server.port, batches, result), nprocs=world_size)
+    return result.get()  # type: ignore[no-any-return]
+
+
+# Simulated ranks
+
+
+def simulate(world_size: int, rounds: int = 20) -> float:
+    """Return microseconds a rank and round, of ranks that are threads of two processes and one TCPStore."""
+    server = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    result = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(run_simulated, (world_size, server.port, rounds, result), nprocs=2)
+    return max(result.get(), result.get())
+
+
+def run_simulated(process: int, world_size: int, port: int, rounds: int, result: SimpleQueue[Any]) -> None:
+    threading.stack_size(256 * 1024)
+    store = dist.TCPStore(LOOPBACK, port, wait_for_workers=False)
+    ranks = range(process, world_size, 2)
+    barrier = threading.Barrier(len(ranks) + 1)
+
+    def run(rank: int) -> None:
+        part = Part(store.clone, rank, world_size, lambda: None)  # type: ignore[attr-defined]
+        client = part.connect()
+        replies: SimpleQueue[Any] = SimpleQueue()
+        for number in range(rounds + 2):
+            if number in (2, rounds + 1):
+                barrier.wait()
+            now = time.monotonic()
+            part.attend(Wait(Record(f"{number} simulated", "exit", True), now, now + 600, 60, None, replies), True, client)
+            assert replies.get().ok
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    start = time.monotonic()
+    barrier.wait()
+    result.put((time.monotonic() - start) / (rounds - 1) / world_size * 1e6)
+    for thread in threads:
+        thread.join()
+
+
+# Ranks that are far apart
+
+
+def measure_far(delay_ms: float, batches: int) -> dict[str, Figures]:
+    """Return the figures of two ranks with a round trip of *delay_ms* milliseconds between them."""
+    with two_hosts() as hosts:
+        for host in hosts:
+            command = ["tc", "qdisc", "add", "dev", "cable", "root", "netem", "delay", f"{delay_ms / 2}ms"]
+            subprocess.run([*host.prefix, *command], check=True, timeout=20)
+        port = "29517"
+        arguments = [sys.executable, "-m", "tests.benchmarks.bench_exit", "--rank-of-two"]
+        ranks = [
+            subprocess.Popen(
+                [*host.prefix, *arguments, str(rank), hosts[0].address, port, str(batches)],
+                env=host.env | {"GLOO_SOCKET_IFNAME": "cable"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank, host in enumerate(hosts)
+        ]
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
+    return json.loads(outputs[0].splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def run_rank_of_two(rank: int, address: str, port: int, batches: int) -> None:
+    server = dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False)
+    result: SimpleQueue[Any] = SimpleQueue()
+    run_rank(rank, 2, address, port, batches, result)
+    if rank == 0:
+        print(json.dumps(result.get()), flush=True)
+    del server
+
+
+# What comes of it
+
+
+def rows_of(label: str, figures: dict[str, Figures]) -> list[str]:
+    rows = []
+    for how, values in figures.items():
+        scope = values["scope"]
+        cells = " | ".join(f"{name} {value:.0f} ({scope / value:.2f})" for name, value in values.items())
+        rows.append(f"{label}, {how}: {cells}")
+    return rows
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt  # noqa: PLC0415  (an extra)
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, how in zip(axes, ("once", "tight"), strict=True):
+        sizes = sorted(int(size) for size in results["ranks"])
+        for name in results["ranks"][str(sizes[0])][how]:
+            axis.plot(sizes, [results["ranks"][str(size)][how][name] for size in sizes], marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="ranks", title=how, xticks=sizes, xticklabels=sizes)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("microseconds")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--batches", type=int, default=60)
-    parser.add_argument("--host", nargs="+", choices=["rank0", "launcher"], default=["rank0", "launcher"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8, 16])
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--simulated", type=int, nargs="*", default=[])
+    parser.add_argument("--far", type=float, nargs="*", default=[], metavar="MS")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rank-of-two", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for world_size, host in itertools.product(args.ranks, args.host):
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        mp.spawn(measure, (world_size, host, server.port, args.batches), nprocs=world_size)
+    if args.rank_of_two:
+        rank, address, port, batches = args.rank_of_two
+        run_rank_of_two(int(rank), address, int(port), int(batches))
+        return 0
+    results: dict[str, Any] = {"ranks": {}, "simulated": {}, "far": {}}
+    print("microseconds (scope / this):", flush=True)
+    for world_size in args.ranks:
+        results["ranks"][str(world_size)] = figures = measure(world_size, args.batches)
+        print(*rows_of(f"{world_size} ranks", figures), sep="\n", flush=True)
+    for world_size in args.simulated:
+        results["simulated"][str(world_size)] = taken = simulate(world_size)
+        print(f"{world_size} simulated ranks: {taken:.1f} a rank and round", flush=True)
+    for delay in args.far:
+        try:
+            results["far"][str(delay)] = figures = measure_far(delay, args.batches // 4)
+        except (HostsError, subprocess.CalledProcessError) as error:
+            print(f"{delay} ms apart: not measured here: {error}", flush=True)
+        else:
+            print(*rows_of(f"2 ranks {delay} ms apart", figures), sep="\n", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    if args.plot:
+        draw(results, args.plot)
     return 0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -77,7 +78,7 @@ class Barrier:
     def join(self) -> None:
         """Tell the peers, without waiting for the store, which process this rank is."""
         if self._thread is None and self.gone is None:
-            self._submit(_nothing)
+            self._submit(_nothing)  # which connects, and joins
 
     def publish(self, record: Record) -> None:
         """Tell the peers at once, without waiting for the store, that this rank failed. It arrives later."""
@@ -145,7 +146,9 @@ class Barrier:
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
     def _await(self, wait: Wait) -> Verdict:
-        reply = next_reply(wait.replies, wait.start + FIRST_LOOK_S)
+        reply = None
+        with contextlib.suppress(Empty):
+            reply = wait.replies.get(timeout=FIRST_LOOK_S)
         if reply is None:
             self.control.wake()
         while reply is None:
@@ -156,7 +159,7 @@ class Barrier:
                 now = time.monotonic()
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
             reply = next_reply(wait.replies, limit)
-        wait.over = True
+        wait.reply, wait.over = reply, True
         if not isinstance(reply, Failed):
             return cast("Verdict", reply)
         self._thread = None
@@ -167,6 +170,9 @@ class Barrier:
 
     def _stop_waiting(self, wait: Wait, interrupt: BaseException) -> None:
         """End the round for all: an interrupt has ended the wait of this rank."""
+        if wait.over:  # it came when the round was over
+            self.in_step = isinstance(wait.reply, Verdict) and wait.reply.complete
+            return
         if wait.record.outcome.ok:
             wait.record = attrs.evolve(wait.record, outcome=Outcome.of(interrupt, "barrier"))
         self._leave_behind(wait, f"rank {self.rank} stopped waiting at the barrier")

@@ -75,6 +75,7 @@ class Wait:
         replies: Where the verdict appears.
         reason: Why the rank ends it before its time; empty if it does not.
         counted: Whether the store has counted the rank as arrived.
+        reply: What appeared there.
         over: Whether nobody waits any more.
     """
 
@@ -86,6 +87,7 @@ class Wait:
     replies: SimpleQueue[Any]
     reason: str = ""
     counted: bool = False
+    reply: Any = None
     over: bool = False
 
 
@@ -117,8 +119,10 @@ class Part:
     """The scope whose failure was published last, and its number among all that were."""
     _reported: str = attrs.field(default="", init=False)
     """The round whose count says that this rank has something to tell."""
+    _read: list[str] = attrs.field(factory=list, init=False)
+    """Keys of the latest complete round."""
     _stale: list[str] = attrs.field(factory=list, init=False)
-    """Keys of the latest complete round; the rank that arrives last at the next one removes them."""
+    """Keys of the one before, which all ranks have read; the rank that arrives first at the next one removes them."""
     _odd: list[str] = attrs.field(factory=list, init=False)
     """Keys of rounds that were not complete; each rank removes them after the next one that is."""
 
@@ -157,8 +161,7 @@ class Part:
         assert view is not None  # noqa: S101  (for the type checker: this thread has connected)
         if last_word:
             self._tell(Record(process=me(), last_word=last_word), store)
-        for key in self._odd:
-            store.delete_key(key)
+        self._remove(self._odd, store)
         # Each rank that leaves writes a value of its own, so that compare_set tells whether it was this one's.
         life, left, before = self.life, 0, self.life.encode()
         while life == self.life:
@@ -170,8 +173,7 @@ class Part:
             life, *rest = there.decode().split(" ")
             left = int(rest[0]) if rest else 0
         if life == self.life and left + 1 == self.world_size:
-            for key in (*self._stale, *(self.key(f"rank/{rank}") for rank in range(self.world_size))):
-                store.delete_key(key)
+            self._remove([*self._stale, *self._read, *(self.key(f"rank/{r}") for r in range(self.world_size))], store)
             view.delete_key("life")
 
     def publish(self, record: Record, store: Store) -> None:
@@ -193,7 +195,10 @@ class Part:
         key = self.key(record.round)
         count = store.add(f"{key}/n", ARRIVED + (self._report(record, store) if record.has_something_to_tell else 0))
         wait.counted = True
-        if is_last := has_all(count, self.world_size):
+        if count % REPORT == ARRIVED:
+            self._remove(self._stale, store)  # the first to arrive has time
+        self._stale = []
+        if has_all(count, self.world_size):
             text = _OK if is_uneventful(count) else self._judgment(wait, store, all_arrived=True)
             text = set_first(store, f"{key}/v", text)
             verdict = all_ok(record, self.world_size) if text == _OK else decode_verdict(text)
@@ -207,7 +212,14 @@ class Part:
         if self.rank in verdict.missing and not wait.reason:
             self._tell(record, store)  # it is back
         wait.replies.put(verdict)
-        self._remove_keys(verdict, [f"{key}/n", f"{key}/v"], store, is_last=is_last)
+        keys = [f"{key}/n", f"{key}/v"]
+        if not verdict.complete:
+            self._odd += keys
+            return
+        # All have come, so all have read the verdicts of the rounds before.
+        self._stale, self._read = self._read, keys
+        self._remove(self._odd, store)
+        self._odd = []
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
         """Whether a rank that the *earlier* entry lacked has come at least to the first round that was *missed*."""
@@ -246,13 +258,8 @@ class Part:
             self.told = record.encode()
             store.set(self.key(f"rank/{self.rank}"), self.told)  # type: ignore[arg-type]  # torch's stub has no bytes
 
-    def _remove_keys(self, verdict: Verdict, keys: list[str], store: Store, *, is_last: bool) -> None:
-        if not verdict.complete:
-            self._odd += keys
-            return
-        # All have come, so all have read the verdicts of the rounds before.
-        stale, self._odd, self._stale = self._odd + (self._stale if is_last else []), [], keys
-        for key in stale:
+    def _remove(self, keys: list[str], store: Store) -> None:
+        for key in keys:
             store.delete_key(key)
 
     # What the control thread calls, and what it shares with the store thread.

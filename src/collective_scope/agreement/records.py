@@ -7,6 +7,7 @@ foreign exception holds or needs to be constructed, its type, message and traceb
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -212,6 +213,8 @@ class Verdict:
     @property
     def failures(self) -> dict[int, Outcome]:
         """Outcomes of the ranks on which something went wrong, by rank."""
+        if self.outcomes is all_well(self.world_size):
+            return {}
         return {rank: outcome for rank, outcome in self.outcomes.items() if not outcome.ok}
 
     @property
@@ -234,6 +237,18 @@ class Verdict:
         texts = [f"{what}: {', '.join(map(str, sorted(ranks)))}" for what, ranks in parts.items() if ranks]
         what = "; ".join(texts) or self.reason or "ok"
         return f"scope {self.scope!r}, {len(self.arrived)} of {self.world_size} ranks arrived, {what}"
+
+
+@functools.lru_cache(maxsize=16)
+def all_well(world_size: int) -> Mapping[int, Outcome]:
+    """Return the outcomes of ranks on none of which anything went wrong; the same object for all verdicts."""
+    return dict.fromkeys(range(world_size), OK)
+
+
+@functools.lru_cache(maxsize=16)
+def everyone(world_size: int) -> tuple[int, ...]:
+    """Return all ranks."""
+    return tuple(range(world_size))
 
 
 def encode_verdict(verdict: Verdict) -> bytes:

@@ -20,7 +20,7 @@ from typing import Literal
 import attrs
 
 from .process import Place
-from .records import OK, Listed, Outcome, Record, Verdict
+from .records import OK, Listed, Outcome, Record, Verdict, all_well, everyone
 
 
 ARRIVED = 1
@@ -151,12 +151,12 @@ def judge(
         timeout: Seconds that the rank that judges has waited.
         reason: Why the wait ends, if not because of what the records show.
     """
-    everyone = range(world_size)
+    ranks = everyone(world_size)
     here = {rank: r for rank, r in sorted(records.items()) if r.round == mine.round}
     lost = tuple(sorted(lost))
-    arrived = tuple(rank for rank in everyone if all_arrived or (rank in here and here[rank].arrived))
+    arrived = tuple(rank for rank in ranks if all_arrived or (rank in here and here[rank].arrived))
     arrived = tuple(rank for rank in arrived if rank not in lost)
-    outcomes = {rank: here[rank].outcome if rank in here else OK for rank in everyone if rank in here or all_arrived}
+    outcomes = {rank: here[rank].outcome if rank in here else OK for rank in ranks if rank in here or all_arrived}
     outside: dict[int, str] = {}
     names: dict[int, str] = {}
     for rank, r in {} if all_arrived else sorted(records.items()):
@@ -173,7 +173,7 @@ def judge(
         scope=name_of(mine.scope),
         world_size=world_size,
         arrived=arrived,
-        missing=tuple(rank for rank in everyone if rank not in arrived and rank not in lost),
+        missing=tuple(rank for rank in ranks if rank not in arrived and rank not in lost),
         lost=lost,
         outcomes=dict(sorted(outcomes.items())),
         where={rank: place for rank, place in sorted((where or {}).items()) if rank not in arrived},
@@ -190,13 +190,13 @@ def judge(
 
 def all_ok(mine: Record, world_size: int) -> Verdict:
     """Return the verdict of a round to which all have come with nothing to tell."""
-    everyone = tuple(range(world_size))
-    return Verdict(name_of(mine.scope), world_size, everyone, outcomes=dict.fromkeys(everyone, OK), stage=mine.stage)
+    ranks, outcomes = everyone(world_size), all_well(world_size)
+    return Verdict(name_of(mine.scope), world_size, ranks, outcomes=outcomes, stage=mine.stage)
 
 
 def still_refused(earlier: Verdict, mine: Record) -> Verdict:
     """Return the verdict of an entry to which those that *earlier* lacks have not come back."""
-    return attrs.evolve(earlier, scope=name_of(mine.scope), stage=mine.stage, names={}, cleanups={}, outside={})
+    return attrs.evolve(earlier, scope=name_of(mine.scope), stage=mine.stage, names={}, cleanups={})
 
 
 def agree(lists: Iterable[tuple[Listed, ...]]) -> tuple[str, ...]:
