@@ -2,16 +2,18 @@
 The inside of a rank: what runs in each process that `tests.ranks` starts.
 
 A rank function finds its surroundings with `here()`.
-Nothing here imports pytest: every process would pay for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import pickle
+import select
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -270,13 +272,64 @@ def host_store(port: int, listener: int) -> dist.TCPStore:
     )
 
 
+def nurse(control_fd: int) -> tuple[int, int | None] | None:
+    """
+    Fork a process for each request, and pass on its exit code, until the harness is gone.
+
+    Returns:
+        In each of those processes, the arguments of `main`; in this one None, at the end.
+    """
+    control = socket.socket(fileno=control_fd)
+    children: dict[int, tuple[int, int]] = {}
+    while True:
+        ready, _, _ = select.select([control, *children], [], [])
+        for pidfd in set(ready) - {control}:
+            pid, status = children.pop(pidfd)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with contextlib.suppress(BrokenPipeError):  # The harness is gone, or does not care any more.
+                os.write(status, str(code).encode())
+            os.close(status)
+            os.close(pidfd)
+        if control not in ready:
+            continue
+        message, fds, *_ = socket.recv_fds(control, 1 << 20, 4, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            return None
+        parent, pid = os.getpid(), os.fork()
+        if pid == 0:
+            control.close()
+            for pidfd, (_, status) in children.items():
+                os.close(pidfd)
+                os.close(status)
+            return _grow_up(parent, fds, *json.loads(message))
+        for fd in fds:
+            os.close(fd)
+        reader, writer = os.pipe()
+        pidfd = os.pidfd_open(pid)
+        socket.send_fds(control, [str(pid).encode()], [pidfd, reader])
+        os.close(reader)
+        children[pidfd] = pid, writer
+
+
+def _grow_up(parent: int, fds: list[int], path: list[str], env: dict[str, str]) -> tuple[int, int | None]:
+    """Become a process of its own, as far as a forked one can; return the arguments of `main`."""
+    _die_with_parent(parent)
+    os.setsid()
+    connection, stdout, stderr, *listener = fds
+    for fd, target in ((stdout, 1), (stderr, 2)):
+        os.dup2(fd, target)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[:] = path
+    return connection, listener[0] if listener else None
+
+
 def main(connection_fd: int, listener: int | None) -> None:
     """Do what the harness says until it says quit or is gone."""
     global _context  # noqa: PLW0603 - one rank per process
-    _die_with_parent()
     # Started from a background job, the process inherits "ignore".
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.set_inheritable(connection_fd, False)  # noqa: FBT003
     connection = Connection(connection_fd)
     # The harness is gone: nobody left to tell.
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -327,7 +380,9 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...], started: float) -> Repo
     return Report(time.monotonic() - started, value=value)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when *parent* ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # It has ended before.

@@ -5,6 +5,9 @@ Run a function on every rank, and never wait longer than told.
 `run_ranks()` has them as processes of their own, `RankPool` keeps such processes.
 `run_script()` and `run_torchrun()` run a program.
 
+Processes of ranks are forked from one that has imported torch and done nothing else, which
+takes a fraction of the two seconds that a new one would need.
+
 The harness owns the deadline. When it runs out, each process left is asked for its
 stacks and killed, and the test fails with all of that. No process outlives a call.
 Linux only: it relies on ``/proc`` and on process file descriptors.
@@ -12,11 +15,13 @@ Linux only: it relies on ``/proc`` and on process file descriptors.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import pickle
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -90,13 +95,16 @@ _BOOTSTRAP = """
 import faulthandler, gc, json, signal, sys
 faulthandler.enable()
 faulthandler.register(signal.SIGUSR1, all_threads=True)
-path, connection, listener = map(json.loads, sys.argv[1:])
+path, control = map(json.loads, sys.argv[1:])
 sys.path[:] = path
 gc.disable()
-from tests._rank import main
+import collective_scope, pytest
+from tests._rank import main, nurse
 gc.freeze()
 gc.enable()
-main(connection, listener)
+# Returns in each process that was forked, with what that is to do.
+if (child := nurse(control)) is not None:
+    main(*child)
 """
 
 # What a launcher leaves behind must not reach the ranks of a test.
@@ -341,36 +349,72 @@ def _stacks_of_threads() -> str:
 
 
 @attrs.define(eq=False)
+class _Nursery:
+    """The process from which those of all ranks are forked. It ends when this one does."""
+
+    _control: socket.socket | None = attrs.field(default=None, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+
+    def fork(self, env: Mapping[str, str], fds: Collection[int]) -> tuple[int, int, int]:
+        """
+        Fork a process that runs `tests._rank.main`.
+
+        Args:
+            env: All of its environment.
+
+            fds: Its connection, its standard output, its standard error, and perhaps a listening socket.
+
+        Returns:
+            Its process id, its process file descriptor, and one that its exit code is read from.
+        """
+        with self._lock:
+            if self._control is None:
+                self._control = self._start()
+            socket.send_fds(self._control, [json.dumps([sys.path, dict(env)]).encode()], list(fds))
+            message, (pidfd, status), *_ = socket.recv_fds(self._control, 100, 2)
+        return int(message), pidfd, status
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            popen = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, *map(json.dumps, (sys.path, theirs.fileno()))],
+                stdin=subprocess.DEVNULL,
+                env=_environment(uuid.uuid4().hex, {}),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the harness alone.
+            )
+        atexit.register(popen.wait, _EXIT_TIMEOUT_S)
+        atexit.register(ours.close)  # Called first, and tells it to end.
+        return ours
+
+
+_nursery = _Nursery()
+
+
+@attrs.define(eq=False)
 class _Process:
     """A process that runs `tests._rank.main`."""
 
     name: str
-    popen: subprocess.Popen[bytes]
+    pid: int
     connection: Connection
     pidfd: int
     stdout: Path
     stderr: Path
     exit: int | None = None
     ended: float = 0.0
+    _status: int = -1
     _seen: dict[Path, int] = attrs.field(factory=dict)
 
     @classmethod
     def start(cls, name: str, directory: Path, env: Mapping[str, str], listener: int | None) -> _Process:
         ours, theirs = Pipe()
         stdout, stderr = directory / f"{name}.stdout", directory / f"{name}.stderr"
-        arguments = (sys.path, theirs.fileno(), listener)
-        fds = [theirs.fileno()] + ([] if listener is None else [listener])
         with theirs, stdout.open("wb") as out, stderr.open("wb") as err:
-            popen = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, *map(json.dumps, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                env=env,
-                pass_fds=fds,
-                start_new_session=True,  # Ctrl-C is for the harness alone.
-            )
-        return cls(name, popen, ours, os.pidfd_open(popen.pid), stdout, stderr)
+            fds = [theirs.fileno(), out.fileno(), err.fileno()] + ([] if listener is None else [listener])
+            pid, pidfd, status = _nursery.fork(env, fds)
+        return cls(name, pid, ours, pidfd, stdout, stderr, status=status)
 
     def send(self, *message: Any) -> None:
         # A process that is gone is noticed by its pidfd.
@@ -387,25 +431,31 @@ class _Process:
             return False  # Now only the end of the process is left to see.
         return True
 
+    def is_running(self) -> bool:
+        return not select.select([self.pidfd], [], [], 0)[0]
+
     def has_ended(self) -> bool:
-        if self.popen.poll() is None:
+        if self.is_running():
             return False
         self.note_exit()
         return True
 
     def note_exit(self) -> None:
-        self.exit = self.popen.wait(_EXIT_TIMEOUT_S)
-        self.ended = time.monotonic()
+        if self.exit is None:
+            self.exit = int(os.read(self._status, 100) or -signal.SIGKILL)
+            self.ended = time.monotonic()
 
     def kill(self) -> None:
         if self.exit is None:
-            self.popen.kill()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             self.note_exit()
 
     def close(self) -> None:
         self.kill()
         self.connection.close()
         os.close(self.pidfd)
+        os.close(self._status)
 
     def forget_output(self) -> None:
         """Let `read()` return only what is written from now on."""
@@ -420,7 +470,7 @@ class _Process:
             "stderr": self.read(self.stderr),
         }
         state = _exit_text(self.exit)
-        return _with_sections(f"{self.name}, pid {self.popen.pid}: {state}", sections)
+        return _with_sections(f"{self.name}, pid {self.pid}: {state}", sections)
 
 
 @attrs.define(eq=False)
@@ -430,7 +480,7 @@ class RankPool:
 
     They start with the first `run()`. Once one of them has ended, or had to be
     killed, all are replaced by fresh ones at the next `run()`.
-    To be used, and closed, in one thread: its end would kill the processes.
+    To be used, and closed, in one thread.
 
     Args:
         world_size: Number of ranks.
@@ -492,7 +542,7 @@ class RankPool:
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids of the ranks; empty when there are none."""
-        return tuple(process.popen.pid for process in self._ranks)
+        return tuple(process.pid for process in self._ranks)
 
     def run(
         self,
@@ -571,7 +621,7 @@ class RankPool:
     def _prepare(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Path:
         """Return the directory for one function, on ranks that are ready for it."""
         __tracebackhide__ = True
-        if any(process.popen.poll() is not None for process in self._ranks):
+        if any(not process.is_running() for process in self._ranks):
             for process in self._ranks:
                 process.kill()
             self._discard()
@@ -612,7 +662,7 @@ class RankPool:
                 rank=rank,
                 world_size=self.world_size,
                 pids=self.pids,
-                store_pid=next((s.popen.pid for s in self._servers), None),
+                store_pid=next((s.pid for s in self._servers), None),
                 backend=self.backend,
                 store=self.store,
                 port=port,
@@ -655,7 +705,7 @@ class RankPool:
                 with selectors.DefaultSelector() as selector:
                     selector.register(process.pidfd, selectors.EVENT_READ)
                     if not selector.select(max(0.0, deadline - time.monotonic())):
-                        left = [p for p in processes if p.popen.poll() is None]
+                        left = [p for p in processes if p.is_running()]
                         self._expire(left, task)
                 process.note_exit()
 
@@ -664,9 +714,9 @@ class RankPool:
         __tracebackhide__ = True
         names = ", ".join(sorted(process.name for process in left))
         everyone = [*self._ranks, *self._servers]
-        alive = [p for p in everyone if p.popen.poll() is None]
-        states = {process.name: process_state(process.popen.pid) for process in alive}
-        _dump_stacks({p.popen.pid: p.stderr for p in alive})
+        alive = [p for p in everyone if p.is_running()]
+        states = {process.name: process_state(process.pid) for process in alive}
+        _dump_stacks({p.pid: p.stderr for p in alive})
         for process in everyone:
             process.kill()
         self._fail(f"not done with {task}: {names}; states then: {states}")
@@ -698,7 +748,7 @@ class RankPool:
                 defects.append(f"rank {rank}: {_exit_text(process.exit)}, expected: {_exit_text(wanted)}")
             result = RankResult(
                 rank=rank,
-                pid=process.popen.pid,
+                pid=process.pid,
                 exit=process.exit,
                 value=report.value if report is not None else None,
                 error=report.error if report is not None else None,
@@ -717,9 +767,10 @@ class RankPool:
 
     def _discard(self) -> None:
         """Leave nothing behind; the next `run()` starts afresh."""
-        for process in (*self._ranks, *self._servers):
+        processes = (*self._ranks, *self._servers)
+        for process in processes:
             process.close()
-        _kill_marked(self._mark)
+        _kill_marked(self._mark, {process.pid for process in processes})
         self._ranks, self._servers, self._own_server = [], [], None
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -944,22 +995,23 @@ def _without_our_noise(text: str) -> str:
     return _NO_DNS.sub("", text)
 
 
-def _marked(mark: str) -> list[int]:
-    """Find what we started by its environment, wherever it has moved since."""
+def _marked(mark: str, sessions: Collection[int] = ()) -> list[int]:
+    """Find what we started by its environment, wherever it has moved since, and what was forked by its session."""
     needle = f"{_MARK}={mark}".encode()
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             # Others' processes, and those that end while we look, are not ours.
             with contextlib.suppress(OSError):
-                if needle in (entry / "environ").read_bytes().split(b"\0"):
+                is_marked = needle in (entry / "environ").read_bytes().split(b"\0")
+                if is_marked or int((entry / "stat").read_text().rpartition(")")[2].split()[3]) in sessions:
                     pids.append(int(entry.name))
     return pids
 
 
-def _kill_marked(mark: str) -> None:
+def _kill_marked(mark: str, sessions: Collection[int] = ()) -> None:
     deadline = time.monotonic() + _EXIT_TIMEOUT_S
-    while pids := _marked(mark):
+    while pids := _marked(mark, sessions):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -13,7 +13,13 @@ from typing import Any
 import attrs
 import torch.distributed as dist
 
-from collective_scope.agreement.records import Record
+from collective_scope.agreement.barrier import Barrier
+from collective_scope.agreement.control import Control
+from collective_scope.agreement.part import Part, Wait
+from collective_scope.agreement.process import me
+from collective_scope.agreement.records import Outcome, Record, Verdict
+from collective_scope.agreement.rounds import name_of
+from collective_scope.agreement.watch import Span
 from tests.ranks import Sequencer, run_threads, values
 
 
@@ -22,6 +28,9 @@ Hook = Callable[[str, str], object]
 
 PATIENCE_S = 20.0
 """Far more than anything takes on a busy machine."""
+
+LONG_S = 120.0
+"""A timeout that no test may reach."""
 
 
 @attrs.define(eq=False, weakref_slot=True)
@@ -146,3 +155,127 @@ def meet(
         return fn(rank, group, sequencer)
 
     return values(run_threads(world_size, run, timeout=timeout))
+
+
+@attrs.define(eq=False)
+class Rank:
+    """
+    A rank that is a thread, with all that it would have in a process of its own: its own control thread above all.
+
+    Args:
+        store: The store of its group. Its threads are told apart by name: see `is_control`.
+        rank: Which rank.
+        world_size: Number of ranks.
+        server: The rank that serves the store, as far as this one can guess.
+        serves: Whether this one's process does.
+        silence: Seconds without a heartbeat after which a rank on another machine counts as lost.
+
+    Attributes:
+        control: What its process would have for a control thread.
+        barrier: Its barrier.
+        said: What there was to say to people: the kind, and the facts.
+    """
+
+    store: Any
+    rank: int
+    world_size: int
+    server: int | None = None
+    serves: bool = False
+    silence: float = LONG_S
+    control: Control = attrs.field(init=False)
+    barrier: Barrier = attrs.field(init=False)
+    said: list[tuple[str, Verdict]] = attrs.field(factory=list, init=False)
+    _spans: list[Span] = attrs.field(factory=list, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.control = Control(self.store.clone, self.store if self.serves else None, serves=self.serves)
+        part = Part(self.store.clone, self.rank, self.world_size, self.control.heard)
+        self.control.groups[id(part)] = part
+        self.barrier = Barrier(part, self.control, self.server)
+
+    @property
+    def part(self) -> Part:
+        """Its part in the rounds."""
+        return self.barrier.part
+
+    @contextlib.contextmanager
+    def scope(self, path: str = "0 scope", *, warn_after: float | None = None) -> Iterator[Span]:
+        """Be in a scope at *path*, as far as the agreement knows of it; it is left without a barrier."""
+        speak = lambda what, facts, _: self.said.append((what, facts))  # noqa: E731
+        thread = threading.get_ident()
+        span = Span(self.control, self.part, name_of(path), thread, None, warn_after, self.silence, speak, path)
+        self.control.spans[id(span)] = span
+        self._spans.append(span)
+        self.barrier.join()
+        span.enter("in the body of")
+        try:
+            yield span
+        finally:
+            self._spans.pop()
+            self.control.left, span.is_left = span.name, True
+            if span.is_idle:
+                self.control.spans.pop(id(span), None)
+
+    def record(self, path: str = "0 scope", stage: str = "exit", **fields: Any) -> Record:
+        """Return what it tells there."""
+        return Record(path, stage, **{"arrived": True, "process": me(), **fields})
+
+    def arrive(
+        self,
+        path: str = "0 scope",
+        stage: str = "exit",
+        *,
+        timeout: float = LONG_S,
+        failure_timeout: float = LONG_S,
+        warn_after: float | None = None,
+        **fields: Any,
+    ) -> Verdict:
+        """Arrive at a round, in the innermost scope if that is there, and return the verdict."""
+        record = self.record(path, stage, **fields)
+        with contextlib.ExitStack() as stack:
+            if self._spans and self._spans[-1].path == path:
+                span = self._spans[-1]
+            else:
+                span = stack.enter_context(self.scope(path, warn_after=warn_after))
+
+            def started(wait: Wait) -> None:
+                span.stage, span.wait = stage, wait
+                span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
+
+            verdict = self.barrier.arrive(record, timeout, failure_timeout, started)
+        # Each rank is in exactly one list.
+        assert sorted((*verdict.arrived, *verdict.missing, *verdict.lost)) == list(range(self.world_size))
+        return verdict
+
+    def publish(self, outcome: Outcome, path: str = "0 scope") -> None:
+        """Tell the peers that it failed, and wait until they can know."""
+        self.barrier.publish(self.record(path, outcome=outcome))
+        assert wait_until(lambda: self._has_published(outcome, path))
+
+    def _has_published(self, outcome: Outcome, path: str) -> bool:
+        record = record_of(self.store, self.rank)
+        return record is not None and (record.scope, record.outcome.message) == (path, outcome.message)
+
+    def end(self) -> None:
+        """End its control thread, as the end of its process would."""
+        self.control.stop()
+        for thread in threading.enumerate():
+            if thread is self.control._thread:  # noqa: SLF001  (there is no other way to it)
+                thread.join(PATIENCE_S)
+
+
+def tell_as(rank: int, seen_by: Rank, record: Record) -> None:
+    """Write *record* as another rank would, for one that is not there; the rank that is to see it joins first."""
+    seen_by.barrier.join()
+    assert wait_until(lambda: bool(seen_by.part.life))
+    seen_by.store.set(seen_by.part.key(f"rank/{rank}"), record.encode())
+
+
+def is_control() -> bool:
+    """Whether a hook was called on a control thread."""
+    return threading.current_thread().name == "collective_scope-control"
+
+
+def at_once(*calls: Callable[[], Any], timeout: float = 60.0) -> list[Any]:
+    """Make each call on a thread of its own; return what they returned."""
+    return values(run_threads(len(calls), lambda number, *_: calls[number](), timeout=timeout))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collective_scope._cleanups import Cleanup, CleanupStack, describe
+from collective_scope._cleanups import Cleanup, CleanupStack, describe, keep_for_ever
 
 
 class _Manager:
@@ -49,40 +50,48 @@ def _stack(*cleanups: Cleanup) -> CleanupStack:
     return stack
 
 
-def test_stack_take_returns_the_last_registered() -> None:
-    """Cleanups are taken last registered first."""
-    stack = _stack(_local("a"), _local("b"), _local("c"))
+def _run_all(stack: CleanupStack) -> list[str]:
+    """Run what is there from the top; return the names in that order."""
+    names = []
+    while (cleanup := stack.top()) is not None:
+        names.append(cleanup.name)
+        cleanup.run()
+    return names
 
-    assert ["c", "b", "a"] == [stack.take().name for _ in range(3)]
-    assert 0 == len(stack)
 
-
-def test_stack_push_under_is_taken_last() -> None:
-    """What is pushed under everything is taken last."""
-    stack = _stack(_local("a"), _local("b"))
+def test_stack_top_is_the_last_registered_that_has_not_begun() -> None:
+    """Cleanups come to the top last registered first, those pushed under all others last."""
+    stack = _stack(_local("a"), _collective("b"), _local("c"))
     stack.push_under(_local("bottom"))
 
-    assert ["b", "a", "bottom"] == [stack.take().name for _ in range(3)]
+    assert ["c", "b", "a", "bottom"] == _run_all(stack)
+    assert (0, None) == (len(stack), stack.top())
 
 
-def test_stack_local_stops_above_a_collective_cleanup() -> None:
-    """Local cleanups below a collective one are not taken before it."""
-    stack = _stack(_local("a"), _collective("b"), _local("c"), _local("d"))
+def test_stack_top_is_there_until_it_has_begun() -> None:
+    """An interrupt between looking and running loses no cleanup; one that raises is not run again."""
+    calls: list[int] = []
 
-    assert ["d", "c"] == [cleanup.name for cleanup in stack.local()]
-    assert 2 == len(stack)
+    def fail() -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    stack = _stack(Cleanup(fail, "a", "file.py:1"))
+    first, second = stack.top(), stack.top()
+
+    assert first is second is not None
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert stack.top() is None
+    assert [1] == calls
 
 
-def test_stack_local_registered_meanwhile_is_taken_too() -> None:
-    """A cleanup that is registered while another one runs is taken in the same go."""
+def test_stack_cleanup_registered_by_another_comes_next() -> None:
+    """A cleanup that is registered while another one runs is at the top then, and is not lost with that."""
     stack = _stack(_local("a"))
-    names = []
-    for cleanup in stack.local():
-        names.append(cleanup.name)
-        if cleanup.name == "a":
-            stack.push(_local("registered by a"))
+    stack.push(Cleanup(lambda: stack.push(_local("registered by b")), "b", "file.py:1"))
 
-    assert ["a", "registered by a"] == names
+    assert ["b", "registered by b", "a"] == _run_all(stack)
 
 
 def test_stack_collective_lists_in_the_order_of_running() -> None:
@@ -105,19 +114,38 @@ def test_stack_collective_names_whatever_they_are_lose_no_cleanup(names: list[st
     assert cleanups[::-1] == list(_stack(*cleanups).collective().values())
 
 
-def test_stack_taken_cleanup_stays_alive_until_release() -> None:
-    """What a cleanup holds outlives its run, and goes at the release."""
+def test_stack_collective_cleanup_that_has_begun_is_not_listed() -> None:
+    """What is left is what has not begun, also below the top."""
+    a, b = _collective("a"), _collective("b")
+    a.begun = True
+
+    assert ["b"] == list(_stack(a, b).collective())
+
+
+def test_stack_cleanup_that_has_run_stays_alive_until_clear() -> None:
+    """What a cleanup holds outlives its run, and goes with the stack."""
     manager = _Manager()
     reference = weakref.ref(manager)
     stack = _stack(Cleanup(manager.destroy, "destroy", "file.py:1"))
     del manager
-    stack.take().call()
 
+    assert ["destroy"] == _run_all(stack)
     assert reference() is not None
 
-    stack.release()
+    stack.clear()
 
     assert reference() is None
+
+
+def test_kept_object_is_never_freed() -> None:
+    """What is kept for ever has no owner, and is there all the same; it can be kept twice."""
+    manager = _Manager()
+    reference = weakref.ref(manager)
+    keep_for_ever(manager, manager)
+    del manager
+    gc.collect()
+
+    assert reference() is not None
 
 
 def test_cleanup_str_names_it_and_where_it_was_registered() -> None:

@@ -180,6 +180,14 @@ class _Method:
     async def method(self) -> None:
         """Do nothing, later."""
 
+    async def __call__(self) -> None:
+        """Do nothing, later."""
+
+
+class _GeneratorObject:
+    def __call__(self) -> Iterator[int]:
+        yield 1
+
 
 @pytest.mark.parametrize(
     ("fn", "kind", "name"),
@@ -187,6 +195,8 @@ class _Method:
         pytest.param(_coroutine, "coroutine", "_coroutine", id="coroutine"),
         pytest.param(functools.partial(_coroutine), "coroutine", "_coroutine", id="partial-of-coroutine"),
         pytest.param(_Method().method, "coroutine", "_Method.method", id="coroutine-method"),
+        pytest.param(_Method(), "coroutine", "_Method", id="object-with-a-coroutine"),
+        pytest.param(_GeneratorObject(), "generator", "_GeneratorObject", id="object-with-a-generator"),
         pytest.param(_generator, "generator", "_generator", id="generator"),
         pytest.param(_async_generator, "generator", "_async_generator", id="async-generator"),
     ],
@@ -226,6 +236,28 @@ def test_decorator_on_something_else_asks_for_the_parentheses() -> None:
     """What is no function is refused, with the usual mistake."""
     with pytest.raises(TypeError, match=r"decorates functions \(got 3\); did you forget the parentheses\?$"):
         collective_scope()(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        pytest.param(lambda scope: scope.cleanup(int), id="cleanup"),
+        pytest.param(lambda scope: scope.collective_cleanup(int), id="collective_cleanup"),
+        pytest.param(lambda scope: scope.after_barrier(int), id="after_barrier"),
+        pytest.param(lambda scope: scope.hold(object()), id="hold"),
+    ],
+)
+def test_decorator_scope_with_something_registered_is_refused(register: Callable[[CollectiveScope], object]) -> None:
+    """What was registered on the scope itself would run in no call, so it does not decorate."""
+    calls: list[str] = []
+    scope = collective_scope(name="s", cleanups=[lambda: calls.append("given")])
+    register(scope)
+    with pytest.raises(RuntimeError, match=r"^scope 's' has cleanups of its own and decorates _add: give them as "):
+        scope(_add)
+    with scope:
+        """What is registered runs here."""
+
+    assert ["given"] == calls
 
 
 def test_decorator_scope_itself_can_still_be_used_as_a_block() -> None:

@@ -25,12 +25,12 @@ from collective_scope import (
 
 _VERDICT = Verdict(
     scope="ep4",
-    sequence=3,
     world_size=4,
+    arrived=(0, 1),
+    missing=(2,),
+    lost=(3,),
     outcomes={0: Outcome(), 1: Outcome("body", "ValueError", "no", "Traceback ...", 1)},
-    missing=[2],
-    lost=[3],
-    names={0: ("ep4", 3), 1: ("other", 3)},
+    names={0: "ep4", 1: "other"},
     cleanups={0: (("destroy", "2"),), 1: ()},
     timeout=1.5,
 )
@@ -73,7 +73,7 @@ def test_exceptions_all_lists_the_whole_tree() -> None:
         pytest.param(BarrierTimeoutError, "missing", (2,), id="missing"),
         pytest.param(BarrierTimeoutError, "timeout", 1.5, id="timeout"),
         pytest.param(PeerLostError, "lost", (3,), id="lost"),
-        pytest.param(ScopeMismatchError, "names", {0: ("ep4", 3), 1: ("other", 3)}, id="names"),
+        pytest.param(ScopeMismatchError, "names", {0: "ep4", 1: "other"}, id="names"),
         pytest.param(CleanupMismatchError, "cleanups", {0: (("destroy", "2"),), 1: ()}, id="cleanups"),
     ],
 )

@@ -67,8 +67,8 @@ class _Context(contextlib.AbstractContextManager[str]):
     def __exit__(self, *exc: object) -> None:
         kind, error, trace = exc
         assert (kind is None) == (error is None) == (trace is None)
-        # A scope shows the error of the body, an ExitStack the latest one: alike only while there is no other.
-        seen = str(error) if list(map(str, self.run.raised)) in ([], ["body"]) else "may differ"
+        # A scope shows the first error, an ExitStack the latest one: alike only while there is no other.
+        seen = str(error) if len(self.run.raised) < 2 else "may differ"
         self.run.log.append(("exit", self.place, seen))
         self.leave()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def _started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def note(*args: Any) -> Any:
         process = start(*args)
-        pids.append(process.popen.pid)
+        pids.append(process.pid)
         return process
 
     monkeypatch.setattr(ranks._Process, "start", note)  # noqa: SLF001
@@ -396,8 +397,10 @@ def test_pool_rank_killed_between_functions_is_replaced() -> None:
     """A rank that ends between two functions is noticed before the second."""
     with RankPool(2, init=False) as pool:
         before = values(pool.run(_pid))
+        pidfd = os.pidfd_open(before[1])
         os.kill(before[1], signal.SIGKILL)
-        os.waitid(os.P_PID, before[1], os.WEXITED | os.WNOWAIT)
+        select.select([pidfd], [], [], 60.0)
+        os.close(pidfd)
         after = values(pool.run(_pid))
 
     assert not set(before) & set(after)

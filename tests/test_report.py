@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import attrs
 import pytest
 
-from collective_scope import _report
+from collective_scope import Outcome, Verdict, _report
 from collective_scope._cleanups import Cleanup
-from collective_scope._outcome import OK, Outcome, Verdict
+from collective_scope.agreement.process import Place, Process
+from collective_scope.agreement.records import OK
 
 
 def _failed(message: str = "no", *, order: int = 1, phase: str = "body", also: tuple[str, ...] = ()) -> Outcome:
     trace = f'Traceback (most recent call last):\n  File "t.py", line 1, in f\nValueError: {message}\n'
     return Outcome(phase, "ValueError", message, trace, order, also)
+
+
+def _verdict(world_size: int, *, scope: str = "ep4", **facts: Any) -> Verdict:
+    """Return a verdict in which those that are in no other list have arrived."""
+    absent = {*facts.get("missing", ()), *facts.get("lost", ())}
+    arrived = tuple(rank for rank in range(world_size) if rank not in absent)
+    return Verdict(scope, world_size, **{"arrived": arrived, **facts})
 
 
 def _first(text: str) -> str:
@@ -23,7 +34,7 @@ def _first(text: str) -> str:
 
 def test_peers_failed_one_rank_is_told_with_its_traceback() -> None:
     """The first line names rank, scope and error; who arrived and the traceback follow."""
-    verdict = Verdict("ep4", 0, 4, outcomes={0: OK, 1: _failed("12 / 4096"), 2: OK, 3: OK})
+    verdict = _verdict(4, outcomes={0: OK, 1: _failed("12 / 4096"), 2: OK, 3: OK})
 
     assert _report.peers_failed(verdict).splitlines() == [
         "rank 1 of 4 failed in scope 'ep4': ValueError: 12 / 4096",
@@ -39,7 +50,7 @@ def test_peers_failed_one_rank_is_told_with_its_traceback() -> None:
 def test_peers_failed_several_ranks_are_sorted_and_the_first_failure_is_told() -> None:
     """Failed ranks are listed by number; the failure that was published first is the one that is quoted."""
     outcomes = {0: OK, 1: _failed("late", order=3), 2: _failed("later", order=4), 3: _failed("early", order=2)}
-    text = _report.peers_failed(Verdict("ep4", 0, 4, outcomes=outcomes))
+    text = _report.peers_failed(_verdict(4, outcomes=outcomes))
 
     assert _first(text) == "ranks 1, 2 and 3 of 4 failed in scope 'ep4', rank 3 first: ValueError: early"
     assert text.endswith("ValueError: early")
@@ -48,7 +59,7 @@ def test_peers_failed_several_ranks_are_sorted_and_the_first_failure_is_told() -
 def test_peers_failed_in_a_later_scope_of_the_group_puts_the_first_failure_first() -> None:
     """Failures are counted over the life of a group; a high number is still before a rank that failed in no order."""
     outcomes = {0: OK, 1: _failed("stopped waiting", order=0, phase="barrier"), 2: _failed("the cause", order=17)}
-    text = _report.peers_failed(Verdict("ep4", 9, 3, outcomes=outcomes))
+    text = _report.peers_failed(_verdict(3, outcomes=outcomes))
 
     assert "rank 2 first: ValueError: the cause" in _first(text)
     assert text.splitlines()[1].startswith("  arrived:  2 (body failed: ")
@@ -60,7 +71,7 @@ def test_peers_failed_later_errors_of_a_rank_follow_its_first() -> None:
 
     assert (
         "  arrived:  1 (body failed: ValueError: no; then cleanup 'a': KeyError: 1; cleanup 'b': KeyError: 2)"
-        in _report.peers_failed(Verdict("ep4", 0, 2, outcomes=outcomes)).splitlines()
+        in _report.peers_failed(_verdict(2, outcomes=outcomes)).splitlines()
     )
 
 
@@ -100,7 +111,7 @@ def test_peers_failed_error_after_the_first_that_speaks_of_a_peer_is_likely_a_co
         2: Outcome("body", "ValueError", "my own", "", 3),
         3: Outcome("body", "AssertionError", "assert 'Timed out' in text", "", 4),
     }
-    lines = _report.peers_failed(Verdict("ep4", 0, 4, outcomes=outcomes)).splitlines()
+    lines = _report.peers_failed(_verdict(4, outcomes=outcomes)).splitlines()
 
     assert [
         f"  arrived:  1 (body failed: {kind}: {message})",
@@ -113,7 +124,7 @@ def test_peers_failed_error_after_the_first_that_speaks_of_a_peer_is_likely_a_co
 def test_lost_rank_makes_the_first_failure_likely_a_consequence() -> None:
     """When a process is gone, what its peers say of closed connections came after that."""
     outcomes = {0: Outcome("body", "RuntimeError", "Connection closed by peer", "", 1), 2: _failed("my own", order=2)}
-    lines = _report.lost(Verdict("ep4", 0, 3, outcomes=outcomes, lost=[1], timeout=0.2)).splitlines()
+    lines = _report.lost(_verdict(3, outcomes=outcomes, lost=(1,), timeout=0.2)).splitlines()
 
     assert [
         "  arrived:  0 (body failed: RuntimeError: Connection closed by peer; likely a consequence)",
@@ -126,7 +137,7 @@ def test_peers_failed_equal_errors_of_many_ranks_share_a_line() -> None:
     outcomes = {0: _failed("the cause")} | {
         rank: Outcome("body", "RuntimeError", "Connection closed by peer", "", 1 + rank) for rank in range(1, 100)
     }
-    lines = _report.peers_failed(Verdict("ep4", 0, 100, outcomes=outcomes)).splitlines()
+    lines = _report.peers_failed(_verdict(100, outcomes=outcomes)).splitlines()
 
     assert [
         "  arrived:  0 (body failed: ValueError: the cause)",
@@ -136,16 +147,40 @@ def test_peers_failed_equal_errors_of_many_ranks_share_a_line() -> None:
 
 def test_peers_failed_before_the_round_was_full_gives_the_reason() -> None:
     """A round that was ended for a reason says so beside the failure."""
-    verdict = Verdict("ep4", 0, 2, outcomes={1: _failed()}, reason="rank 1 stopped waiting at the barrier")
+    verdict = _verdict(2, outcomes={1: _failed()}, reason="rank 1 stopped waiting at the barrier")
 
-    assert "  rank 1 stopped waiting at the barrier" in _report.peers_failed(verdict).splitlines()
+    assert (
+        "  The wait ended early: rank 1 stopped waiting at the barrier." in _report.peers_failed(verdict).splitlines()
+    )
 
 
 def test_peers_failed_long_message_keeps_the_first_line_short() -> None:
     """A megabyte of message does not push the facts out of sight."""
-    text = _report.peers_failed(Verdict("ep4", 0, 2, outcomes={0: OK, 1: _failed("x\n" * 10_000)}))
+    text = _report.peers_failed(_verdict(2, outcomes={0: OK, 1: _failed("x\n" * 10_000)}))
 
     assert len(_first(text)) < 350
+
+
+def test_peers_failed_in_a_scope_around_this_one_names_that() -> None:
+    """A failure around a scope is told with the place at which it happened."""
+    facts = {"scope": "inner", "outcomes": {0: OK, 1: _failed(), 2: _failed(order=2)}, "missing": (1, 2)}
+    (one, some) = (
+        _report.peers_failed(_verdict(3, outside=outside, **facts)) for outside in ({1: "a", 2: "a"}, {1: "a"})
+    )
+
+    assert _first(one) == "ranks 1 and 2 of 3 failed in scope 'a', around scope 'inner', rank 1 first: ValueError: no"
+    assert _first(some).startswith("ranks 1 and 2 of 3 failed in scope 'inner' or scope 'a' around it, rank 1 first: ")
+
+
+def test_peers_failed_by_a_skip_reads_as_one() -> None:
+    """A test that only some ranks skip is told as that, without a traceback."""
+    skip = Outcome("body", "unittest.case.SkipTest", "no GPU", "Traceback ...", 1)
+
+    assert _report.peers_failed(_verdict(2, outcomes={0: OK, 1: skip})).splitlines() == [
+        "rank 1 of 2 skipped and its peers did not, in scope 'ep4': unittest.case.SkipTest: no GPU",
+        "  arrived:  1 (body skipped: unittest.case.SkipTest: no GPU)",
+        "            0 (ok)",
+    ]
 
 
 # Missing ranks
@@ -153,7 +188,7 @@ def test_peers_failed_long_message_keeps_the_first_line_short() -> None:
 
 def test_missing_rank_is_named_with_what_the_others_say() -> None:
     """The first line says who is missing, where, and since when; then who came, then a guess."""
-    verdict = Verdict("ep4", 3, 4, outcomes={0: _failed(), 1: OK, 3: OK}, missing=[2], timeout=60.04)
+    verdict = _verdict(4, outcomes={0: _failed(), 1: OK, 3: OK}, missing=(2,), timeout=60.04)
 
     assert _report.missing(verdict).splitlines() == [
         "rank 2 of 4 missing at the exit of scope 'ep4' after 60.0 s",
@@ -166,7 +201,7 @@ def test_missing_rank_is_named_with_what_the_others_say() -> None:
 
 def test_missing_rank_that_told_its_failure_is_told_apart() -> None:
     """A rank that failed and is still cleaning up has told something, and has not arrived."""
-    verdict = Verdict("ep4", 3, 2, outcomes={0: OK, 1: _failed()}, missing=[1], timeout=30.0)
+    verdict = _verdict(2, outcomes={0: OK, 1: _failed()}, missing=(1,), timeout=30.0)
     lines = _report.missing(verdict).splitlines()
 
     assert "  arrived:  0 (ok)" in lines
@@ -176,10 +211,28 @@ def test_missing_rank_that_told_its_failure_is_told_apart() -> None:
 
 def test_missing_reason_replaces_the_advice() -> None:
     """What is known takes the place of what is guessed."""
-    text = _report.missing(Verdict("ep4", 3, 2, outcomes={0: OK}, missing=[1], timeout=1.0, reason="It is frozen."))
+    text = _report.missing(_verdict(2, outcomes={0: OK}, missing=(1,), timeout=1.0, reason="the store is frozen"))
 
-    assert text.endswith("\n  It is frozen.")
+    assert text.endswith("\n  The store is frozen.")
     assert _report.MISSING_ADVICE not in text
+
+
+def test_missing_at_an_entry_says_that_the_body_was_not_run() -> None:
+    """A rank that refuses a body says so, and why there was something to wait for."""
+    lines = _report.missing(_verdict(2, stage="entry", missing=(1,), timeout=1.0)).splitlines()
+
+    assert "  The body of this scope was not run. Not every rank has left the scope before it." == lines[-1]
+
+
+def test_no_rank_missing_and_no_agreement_is_not_called_missing() -> None:
+    """Where the wait ended although no rank is known to be missing, the reason is all there is."""
+    text = _report.missing(_verdict(2, outcomes={0: OK, 1: OK}, timeout=3.0, reason="rank 0 gave up"))
+
+    assert text.splitlines() == [
+        "no agreement at the exit of scope 'ep4' after 3.0 s",
+        "  arrived:  0, 1 (ok)",
+        "  Rank 0 gave up.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +245,7 @@ def test_missing_reason_replaces_the_advice() -> None:
 )
 def test_missing_at_any_stage_names_the_place(stage: str, place: str) -> None:
     """Users read of the entry and the exit, not of rounds."""
-    verdict = Verdict("ep4", 0, 2, stage=stage, missing=[1], timeout=1.0)
+    verdict = _verdict(2, stage=stage, missing=(1,), timeout=1.0)
 
     assert f"rank 1 of 2 missing at the {place} of scope 'ep4' after 1.0 s" == _first(_report.missing(verdict))
 
@@ -217,7 +270,7 @@ def test_missing_at_any_stage_names_the_place(stage: str, place: str) -> None:
 )
 def test_missing_ranks_are_sorted_folded_and_capped(missing: list[int], who: str, folded: str) -> None:
     """However many ranks are missing, the text stays readable and says how many there are."""
-    lines = _report.missing(Verdict("s", 0, 64, missing=missing, timeout=1.0)).splitlines()
+    lines = _report.missing(_verdict(64, scope="s", missing=missing, timeout=1.0)).splitlines()
 
     assert f"{who} of 64 missing at the exit of scope 's' after 1.0 s" == lines[0]
     assert f"  missing:  {folded}" in lines
@@ -225,7 +278,7 @@ def test_missing_ranks_are_sorted_folded_and_capped(missing: list[int], who: str
 
 def test_missing_in_a_subgroup_has_global_ranks() -> None:
     """Ranks of a subgroup come with what they are called in the default group."""
-    verdict = Verdict("s", 0, 3, missing=[0, 2], timeout=1.0, global_ranks=[4, 5, 7])
+    verdict = _verdict(3, scope="s", missing=(0, 2), timeout=1.0, global_ranks=(4, 5, 7))
 
     assert "ranks 0 (global rank 4) and 2 (global rank 7) of 3 missing" in _first(_report.missing(verdict))
 
@@ -235,7 +288,7 @@ def test_missing_in_a_subgroup_has_global_ranks() -> None:
 
 def test_lost_rank_is_named_before_missing_ones() -> None:
     """Who is known to be gone comes first; those of whom nothing is known are listed."""
-    verdict = Verdict("ep4", 0, 3, outcomes={1: OK}, lost=[0], missing=[2], timeout=2.0, reason="The store is gone.")
+    verdict = _verdict(3, outcomes={1: OK}, lost=(0,), missing=(2,), timeout=2.0, reason="the store is gone")
 
     assert _report.lost(verdict).splitlines() == [
         "rank 0 of 3 lost at the exit of scope 'ep4' after 2.0 s",
@@ -248,7 +301,7 @@ def test_lost_rank_is_named_before_missing_ones() -> None:
 
 def test_lost_at_an_entry_says_that_the_body_was_not_run() -> None:
     """What arrived there is the rank, not its body."""
-    lines = _report.lost(Verdict("ep4", 1, 2, stage="entry", outcomes={1: OK}, lost=[0], timeout=0.1)).splitlines()
+    lines = _report.lost(_verdict(2, stage="entry", outcomes={1: OK}, lost=(0,), timeout=0.1)).splitlines()
 
     assert "rank 0 of 2 lost at the entry of scope 'ep4' after 0.1 s" == lines[0]
     assert "  The body of this scope was not run." == lines[-1]
@@ -256,7 +309,7 @@ def test_lost_at_an_entry_says_that_the_body_was_not_run() -> None:
 
 def test_lost_alone_says_only_that() -> None:
     """Without missing ranks or a reason, there is nothing more to say."""
-    verdict = Verdict("ep4", 0, 2, outcomes={1: OK}, lost=[0], timeout=2.0)
+    verdict = _verdict(2, outcomes={1: OK}, lost=(0,), timeout=2.0)
 
     assert _report.lost(verdict).splitlines() == [
         "rank 0 of 2 lost at the exit of scope 'ep4' after 2.0 s",
@@ -265,25 +318,50 @@ def test_lost_alone_says_only_that() -> None:
     ]
 
 
+# Places
+
+
+_HERE = Process("host", 7)
+_FRAMES = '  File "t.py", line 1, in test\n    dist.all_reduce(x)\n'
+
+
 @pytest.mark.parametrize(
-    ("server", "error", "text"),
+    ("place", "text"),
     [
         pytest.param(
-            0, None, "The group's store (hosted by rank 0) has not answered for 1.5 s: its process is", id="frozen"
+            Place(_HERE, "sleeping", "0 s", "in the body of scope 's'", 1.5),
+            "host pid 7, in the body of scope 's' for 1.5 s (sleeping)",
+            id="in-a-scope",
         ),
         pytest.param(
-            None,
-            RuntimeError("Connection\nreset"),
-            "The group's store (hosted outside of the group) is gone: RuntimeError: Connection reset",
-            id="gone",
+            Place(_HERE, "running", phase="has destroyed its group after scope 's'"),
+            "host pid 7, has destroyed its group after scope 's' (running)",
+            id="last-word",
+        ),
+        pytest.param(
+            Place(_HERE, "running", silence=2.0),
+            "host pid 7, no answer for 2.0 s (running); its interpreter is held by native code,"
+            " or the machine cannot be reached",
+            id="no-answer",
+        ),
+        pytest.param(Place(_HERE, "stopped", silence=2.0), "host pid 7, no answer for 2.0 s (stopped)", id="stopped"),
+        pytest.param(
+            Place(_HERE, "exited (killed by SIGKILL)", silence=2.0), "host pid 7, exited (killed by SIGKILL)", id="dead"
         ),
     ],
 )
-def test_store_trouble_tells_who_hosted_it_and_what_it_did(
-    server: int | None, error: Exception | None, text: str
-) -> None:
-    """Trouble with the store is told with its host, and without claims about the ranks."""
-    assert _report.store_trouble(server, 1.5, error).startswith(text)
+def test_missing_rank_is_shown_where_it_is(place: Place, text: str) -> None:
+    """What is known of a missing rank is in its line; a guess is there only where nothing else explains the silence."""
+    where = {1: attrs.evolve(place, frames=_FRAMES), 2: place}
+    lines = _report.missing(_verdict(4, missing=(1, 2, 3), where=where, timeout=1.0, reason="over")).splitlines()
+
+    assert lines[-6:-1] == [
+        "  missing:  3",
+        f"            1  {text}",
+        f"              {_FRAMES.splitlines()[0]}",
+        f"              {_FRAMES.splitlines()[1]}",
+        f"            2  {text}",
+    ]
 
 
 # Mismatches
@@ -291,14 +369,11 @@ def test_store_trouble_tells_who_hosted_it_and_what_it_did(
 
 def test_scopes_differ_groups_ranks_by_scope() -> None:
     """Ranks at different scopes are listed by scope, with the usual causes after the facts."""
-    names = {0: ("a", 4), 1: ("b", 4), 2: ("a", 4), 3: ("a", 4)}
-    lines = _report.scopes_differ(Verdict("a", 4, 4, names=names)).splitlines()
+    names = {0: "a", 1: "b", 2: "a", 3: "a"}
+    lines = _report.scopes_differ(_verdict(4, names=names)).splitlines()
 
     assert lines[0] == "ranks arrived at different scopes"
-    assert [line.strip() for line in lines[1:3]] == [
-        "ranks:    0, 2, 3 (scope 'a', sequence 4)",
-        "1 (scope 'b', sequence 4)",
-    ]
+    assert ["ranks:    0, 2, 3 (scope 'a')", "1 (scope 'b')"] == [line.strip() for line in lines[1:3]]
     assert lines[3:] == f"  {_report.MISMATCH_ADVICE}".splitlines()
 
 
@@ -312,7 +387,7 @@ def test_scopes_differ_groups_ranks_by_scope() -> None:
 def test_cleanups_differ_names_lists_and_fingerprints(agreed: tuple[str, ...], what: str) -> None:
     """Collective cleanups that differ are listed by rank, and it is said what was run."""
     cleanups = {0: (("destroy", "2"), ("free", "")), 1: (), 2: (("destroy", "2"), ("free", ""))}
-    lines = _report.cleanups_differ(Verdict("ep4", 0, 3, cleanups=cleanups, agreed=agreed)).splitlines()
+    lines = _report.cleanups_differ(_verdict(3, cleanups=cleanups, agreed=agreed)).splitlines()
 
     assert lines[0] == f"ranks disagree on the collective cleanups of scope 'ep4'; {what}"
     assert [line.strip() for line in lines[1:]] == ["ranks:    0, 2 (destroy [2], free)", "1 (none)"]
@@ -321,45 +396,112 @@ def test_cleanups_differ_names_lists_and_fingerprints(agreed: tuple[str, ...], w
 # Logs and notes
 
 
-def test_failed_here_names_rank_scope_and_phase() -> None:
-    """The log line before a traceback says whose it is."""
-    text = _report.failed_here(1, 4, "ep4", "cleanup 'free'")
-
-    assert text.startswith("rank 1 of 4 failed in scope 'ep4', cleanup 'free'")
-
-
-def test_attached_error_is_told_in_full() -> None:
-    """A note about a later error has its phase, type and message."""
-    assert "In addition, cleanup 'free': KeyError: 'key'" == _report.attached(KeyError("key"), "cleanup 'free'")
-
-
-def test_skipped_cleanups_are_named_with_their_place() -> None:
-    """A collective cleanup that nobody ran is told with the place of its registration."""
-    cleanups = [Cleanup(print, name, f"t.py:{line}") for line, name in enumerate("ab")]
-
-    assert _report.skipped(cleanups).endswith("cleanup 'a' (registered at t.py:0), cleanup 'b' (registered at t.py:1)")
-
-
-def test_stopped_waiting_names_rank_and_signal() -> None:
-    """Peers of an interrupted rank read who ended the wait, and why."""
-    text = _report.stopped_waiting(2, KeyboardInterrupt())
-
-    assert text == "rank 2 stopped waiting at the barrier: KeyboardInterrupt"
+@pytest.mark.parametrize(
+    ("rank", "world_size", "phase", "text"),
+    [
+        pytest.param(1, 4, "cleanup 'free'", "rank 1 of 4 failed in scope 'ep4', cleanup 'free'; its peers are told"),
+        pytest.param(0, 1, "body", "scope 'ep4' failed, body"),
+        pytest.param(
+            1,
+            4,
+            "after_barrier 'free'",
+            "rank 1 of 4 failed in scope 'ep4', after_barrier 'free'; after the barrier, so its peers are not told",
+        ),
+    ],
+    ids=["with-peers", "alone", "after-the-barrier"],
+)
+def test_failed_here_names_rank_scope_and_phase(rank: int, world_size: int, phase: str, text: str) -> None:
+    """The log line before a traceback says whose it is, and speaks of peers only where they are told."""
+    assert text == _report.failed_here(rank, world_size, "ep4", phase)
 
 
 @pytest.mark.parametrize(
-    ("missing", "who"), [pytest.param([1], "rank 1", id="one"), pytest.param([], "nobody", id="none")]
+    ("in_full", "text"),
+    [
+        (True, "In addition, cleanup 'free': ValueError: two\nlines"),
+        (False, "In addition, cleanup 'free': ValueError: two lines"),
+    ],
 )
-def test_waiting_rank_names_whom_it_waits_for(missing: list[int], who: str) -> None:
-    """A soft warning says who waits, how long, and for whom."""
-    text = _report.waiting(Verdict("ep4", 0, 2, outcomes={0: OK}, missing=missing), 0, 10.2)
-
-    assert _first(text) == f"rank 0 has waited 10.2 s at the exit of scope 'ep4'; {who} of 2 missing"
-    assert "  arrived:  0 (ok)" in text
+def test_attached_error_has_phase_type_and_message(text: str, *, in_full: bool) -> None:
+    """A note about a later error tells it in full, or in a line where it has been told before."""
+    assert text == _report.attached(ValueError("two\nlines"), "cleanup 'free'", in_full=in_full)
 
 
-def test_waiting_blindly_says_why_nobody_is_named() -> None:
-    """Without an answer from the store, a soft warning says that instead of names."""
-    text = _report.waiting_blindly("ep4", 0, 10.2, "the store does not answer")
+def test_skipped_cleanups_are_named_with_their_place() -> None:
+    """What a rank did not run is told with the place of its registration, and what becomes of it."""
+    cleanups = [Cleanup(print, name, f"t.py:{line}") for line, name in enumerate("ab")]
+    text = _report.skipped(cleanups)
 
-    assert text == "rank 0 has waited 10.2 s in scope 'ep4'; the store does not answer, so nobody can be named"
+    assert "cleanup 'a' (registered at t.py:0), cleanup 'b' (registered at t.py:1)" in text
+    assert text.endswith("kept alive until the process ends.")
+
+
+def test_scope_left_out_of_order_says_what_happened_and_the_rule() -> None:
+    """Misnesting is told with what was wrong, the rule, and the usual causes."""
+    lines = _report.left_out_of_order("ep4", "by another thread").splitlines()
+
+    assert "scope 'ep4' was left by another thread" == lines[0]
+    assert "Scopes are left in the reverse order" in lines[1]
+
+
+# While there is still time
+
+
+def _place(phase: str = "in the body of scope 'ep4'", frames: str = _FRAMES) -> Place:
+    return Place(_HERE, "sleeping", "0 ep4", phase, 10.0, frames)
+
+
+def test_late_ranks_are_told_in_full_once_and_then_in_few_words() -> None:
+    """The first warning has places and stacks; the next says that nothing has changed, and a later one what has."""
+    said: dict[int, str] = {}
+    facts = _verdict(3, outcomes={0: OK}, missing=(1, 2), where={1: _place(), 2: _place()})
+    first, second = (_report.late("waiting", facts, 0, seconds, said).splitlines() for seconds in (10.2, 30.2))
+    moved = attrs.evolve(facts, where={1: _place(), 2: _place("outside of any scope", "")})
+    third = _report.late("waiting", moved, 0, 60.2, said).splitlines()
+
+    assert "rank 0 has waited 10.2 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 missing" == first[0]
+    assert "  arrived:  0 (ok)" == first[1]
+    assert 2 == "\n".join(first).count("dist.all_reduce(x)")
+    assert second == [
+        "rank 0 has waited 30.2 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 still missing",
+        "  ranks 1 and 2: still where they were",
+    ]
+    assert third == [
+        "rank 0 has waited 60.2 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 still missing",
+        "  missing:  2  host pid 7, outside of any scope for 10.0 s (sleeping)",
+        "  rank 1: still where it was",
+    ]
+
+
+def test_late_while_all_work_says_that_no_rank_has_come_and_where_all_are() -> None:
+    """When every rank is stuck in its body, the one that speaks lists itself among the others."""
+    facts = _verdict(2, arrived=(), missing=(0, 1), where={0: _place(frames=""), 1: _place(frames="")})
+
+    assert _report.late("working", facts, 0, 10.0, {}).splitlines() == [
+        "no rank of 2 has come to the exit of scope 'ep4' for 10.0 s",
+        "  where:    0  host pid 7, in the body of scope 'ep4' for 10.0 s (sleeping)",
+        "            1  host pid 7, in the body of scope 'ep4' for 10.0 s (sleeping)",
+    ]
+
+
+def test_gone_rank_is_told_to_one_in_its_body_with_what_became_of_it() -> None:
+    """A process that vanished is told with its end, to a rank that does not wait for it yet."""
+    facts = _verdict(2, lost=(1,), where={1: Place(_HERE, "exited (killed by SIGKILL)")})
+
+    assert _report.gone(facts, 0, 2.5).splitlines() == [
+        "rank 1 of 2 lost while rank 0 has been in scope 'ep4' for 2.5 s",
+        "  lost:     1  host pid 7, exited (killed by SIGKILL)",
+    ]
+
+
+def test_out_of_patience_says_where_all_ranks_are_and_which_this_one_is() -> None:
+    """The last words of a process that ends itself: the limit, then all ranks in order."""
+    places = {1: _place(), 0: _place("at the barrier of scope 'ep4'", "")}
+
+    assert _report.out_of_patience("ep4", 60.0, places, 1).splitlines() == [
+        "scope 'ep4' was not left within kill_after=60.0 s; this process is ended now",
+        "  rank 0: host pid 7, at the barrier of scope 'ep4' for 10.0 s (sleeping)",
+        "  rank 1 (this one): host pid 7, in the body of scope 'ep4' for 10.0 s (sleeping)",
+        f"      {_FRAMES.splitlines()[0]}",
+        f"      {_FRAMES.splitlines()[1]}",
+    ]

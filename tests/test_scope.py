@@ -5,34 +5,37 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
-import itertools
 import logging
 import threading
+import time
 import unittest
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import attrs
 import pytest
+import torch.distributed as dist
 
 from collective_scope import (
+    CleanupMismatchError,
     CollectiveScope,
     CollectiveScopeError,
+    Outcome,
     PeerFailedError,
     Verdict,
-    _barrier,
-    _scope,
+    _failures,
     collective_scope,
     current_scope,
 )
-from collective_scope._outcome import Outcome, Record
+from tests.forks import in_a_fork
 from tests.ranks import Sequencer
-from tests.stores import PATIENCE_S, barriers_as_groups, meet
+from tests.stores import PATIENCE_S, RankGroup, is_waiting, meet, record_of, wait_until
 
 
 class _BodyError(Exception):
@@ -143,6 +146,21 @@ def test_scope_cleanup_registered_by_a_cleanup_runs_in_the_same_teardown(calls: 
     assert ["registers", "registered", "bottom", "after, registered after"] == calls
 
 
+def test_scope_cleanup_registered_after_the_barrier_runs_or_is_refused(calls: list[str]) -> None:
+    """From there a local cleanup still runs, once; a collective one would be alone, and is refused."""
+
+    def register() -> None:
+        scope.cleanup(calls.append, "local")
+        with pytest.raises(RuntimeError, match=r"^the ranks have left the barrier of scope 's'; .* too late$"):
+            scope.collective_cleanup(calls.append, "collective")
+
+    with collective_scope(name="s") as scope:
+        scope.after_barrier(calls.append, "bottom")
+        scope.after_barrier(register)
+
+    assert ["local", "bottom"] == calls
+
+
 def test_scope_cleanup_registered_by_a_collective_one_runs_before_the_rest(calls: list[str]) -> None:
     """A collective cleanup may register more of either kind."""
 
@@ -216,20 +234,34 @@ async def _never_awaited() -> None:
     """Do nothing, later."""
 
 
+class _NeverAwaited:
+    async def __call__(self) -> None:
+        """Do nothing, later."""
+
+
 @pytest.mark.parametrize("method", ["cleanup", "collective_cleanup", "after_barrier"])
-def test_cleanup_that_nobody_would_await_is_refused(method: str) -> None:
-    """A coroutine function would do nothing, and not say so."""
+@pytest.mark.parametrize(
+    ("fn", "name"), [(_never_awaited, "_never_awaited"), (_NeverAwaited(), "_NeverAwaited")], ids=["function", "object"]
+)
+def test_cleanup_that_nobody_would_await_is_refused(method: str, fn: Callable[[], object], name: str) -> None:
+    """A coroutine function would do nothing, and not say so; nor would an object that is called like one."""
     with (
         collective_scope() as scope,
-        pytest.raises(TypeError, match=r"cannot be a coroutine function \(got _never_awaited\)"),
+        pytest.raises(TypeError, match=rf"cannot be a coroutine function \(got {name}\)"),
     ):
-        getattr(scope, method)(_never_awaited)
+        getattr(scope, method)(fn)
 
 
 def test_scope_cleanups_that_are_no_list_are_refused() -> None:
     """One function in place of a list of them is named."""
     with pytest.raises(TypeError, match=r"^cleanups must be a list of functions \(got <built-in function print>\)$"):
         collective_scope(cleanups=print)  # type: ignore[arg-type]
+
+
+def test_scope_collective_cleanup_with_a_name_that_is_no_text_is_refused() -> None:
+    """A name that could not be compared is refused at the registration; nothing is skipped because of it."""
+    with pytest.raises(TypeError, match=r"^name must be a text \(got 7\)$"):
+        collective_scope().collective_cleanup(print, name=7)  # type: ignore[arg-type]
 
 
 def test_scope_fingerprint_that_cannot_be_called_is_refused() -> None:
@@ -253,7 +285,9 @@ def test_scope_registration_after_the_exit_is_refused(register: Callable[[Collec
     with collective_scope(name="s") as scope:
         pass
 
-    with pytest.raises(RuntimeError, match=r"^scope 's' has been left; nothing can be registered any more$"):
+    with pytest.raises(
+        RuntimeError, match=r"(^scope 's' has been left; nothing can be|the barrier of scope 's'; .* too late$)"
+    ):
         register(scope)
 
 
@@ -296,6 +330,24 @@ def test_enter_context_is_left_in_the_teardown_with_the_error_of_the_body(*, fai
         each[:2] for each in seen[1:]
     ]
     assert (seen[1][2] is not None) == failing
+
+
+def test_enter_context_is_told_of_a_cleanup_that_failed_before(unlogged: None) -> None:  # noqa: ARG001
+    """A transaction is not committed when a cleanup above it has failed; the first error is the one it sees."""
+    seen: list[object] = []
+
+    class Transaction(contextlib.AbstractContextManager[None]):
+        def __exit__(self, *exc: object) -> bool:
+            seen.append(exc[1])
+            return True
+
+    first, second = _CleanupError("first"), _CleanupError("second")
+    with pytest.raises(ExceptionGroup), collective_scope() as scope:
+        scope.enter_context(Transaction())
+        scope.cleanup(_raise, second)
+        scope.cleanup(_raise, first)
+
+    assert [first] == seen
 
 
 def test_enter_context_of_something_else_is_refused() -> None:
@@ -353,6 +405,109 @@ def test_scope_bound_method_keeps_its_object_until_after_the_barrier(register: s
     assert reference() is None
 
 
+@pytest.mark.parametrize("register", ["cleanups", "cleanup", "collective_cleanup", "after_barrier"])
+def test_scope_that_has_been_left_keeps_nothing_alive(register: str) -> None:
+    """Whatever was given or registered goes with the exit, although the scope itself is still referred to."""
+    thing = _Thing()
+    reference = weakref.ref(thing)
+    with collective_scope(cleanups=[thing.method] if register == "cleanups" else []) as scope:
+        if register != "cleanups":
+            getattr(scope, register)(thing.method)
+        del thing
+
+    assert _verdict(scope).ok
+    assert reference() is None
+
+
+# What is kept for ever
+
+
+def _die(reference: weakref.ref[Any]) -> bool:
+    gc.collect()
+    return reference() is None
+
+
+def _use(scope: CollectiveScope, register: Callable[[CollectiveScope, _Thing], object]) -> tuple[weakref.ref[Any], str]:
+    """Go through *scope*, in which something is registered; return what watches that, and what was raised."""
+    thing = _Thing()
+    try:
+        with scope:
+            register(scope, thing)
+    except CollectiveScopeError as error:
+        return weakref.ref(thing), "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return weakref.ref(thing), ""
+
+
+def test_collective_cleanup_that_a_peer_lacks_is_kept_alive_for_ever() -> None:
+    """What was not run on all ranks is named on the rank that has it, and its destructor never runs there alone."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[bool, str]:
+        scope = collective_scope(group, name="s")
+        used = _use(scope, lambda scope, thing: scope.collective_cleanup(thing.method) if rank == 0 else None)
+        del scope
+        return _die(used[0]), used[1]
+
+    (died_0, text_0), (died_1, text_1) = meet(2, run)
+
+    assert (False, True) == (died_0, died_1)
+    assert "disagree on the collective cleanups of scope 's'" in text_0
+    assert "disagree on the collective cleanups of scope 's'" in text_1
+    assert "Not run, because " in text_0
+    assert "cleanup '_Thing.method' (registered at " in text_0
+
+
+@pytest.mark.parametrize(
+    ("register", "lives"),
+    [
+        pytest.param(lambda scope, thing: scope.hold(thing), True, id="hold"),
+        pytest.param(lambda scope, thing: scope.after_barrier(thing.method), True, id="after_barrier"),
+        pytest.param(
+            lambda scope, thing: scope.after_barrier(thing.method, even_if_missing=True), False, id="even_if_missing"
+        ),
+        pytest.param(lambda scope, thing: scope.cleanup(thing.method), False, id="cleanup"),
+    ],
+)
+def test_scope_with_a_missing_rank_keeps_what_that_may_still_use(
+    register: Callable[[CollectiveScope, _Thing], object], *, lives: bool
+) -> None:
+    """A rank that gives up on its peer frees nothing that was to wait for that; what is skipped is named."""
+
+    def run(rank: int, group: RankGroup, sequencer: Sequencer) -> tuple[bool, str] | None:
+        if rank == 1:
+            return sequencer.wait_for("rank 0 has given up")  # type: ignore[func-returns-value]
+        reference, text = _use(collective_scope(group, timeout=0.1), register)
+        sequencer.announce("rank 0 has given up")
+        return _die(reference), text
+
+    died, text = meet(2, run)[0]
+
+    assert lives == (not died)
+    assert "rank 1 of 2 missing" in text
+    assert ("cleanup '_Thing.method' (registered at " in text) == (
+        register.__code__.co_names == ("after_barrier", "method") and lives
+    )  # type: ignore[attr-defined]
+
+
+def test_scope_to_which_all_came_lets_go_and_runs_what_is_for_after_the_barrier() -> None:
+    """A peer that failed has arrived: it uses nothing any more."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[list[str], bool]:
+        calls: list[str] = []
+
+        def register(scope: CollectiveScope, thing: _Thing) -> None:
+            scope.hold(thing)
+            scope.after_barrier(calls.append, "after")
+            if rank == 1:
+                raise _BodyError
+
+        reference = None
+        with contextlib.suppress(_BodyError):
+            reference, _text = _use(collective_scope(group), register)
+        return calls, reference is None or _die(reference)
+
+    assert [(["after"], True)] * 2 == meet(2, run)
+
+
 # The current scope
 
 
@@ -385,6 +540,14 @@ def test_current_scope_outside_of_a_body_is_an_error(*, failing: bool) -> None:
     ask()
 
     assert ["current_scope() was called outside of the body of a scope"] * 2 == list(map(str, errors))
+
+
+def test_current_scope_default_is_what_there_is_outside_of_a_body() -> None:
+    """A library that may be used without a scope asks with a default."""
+    with collective_scope() as scope:
+        assert scope is current_scope(None) is current_scope(default=3)
+
+    assert (None, 3) == (current_scope(None), current_scope(default=3))
 
 
 def test_current_scope_in_another_thread_is_not_this_one() -> None:
@@ -457,40 +620,10 @@ def test_scope_verdict_comes_with_the_exit() -> None:
     with collective_scope(name="s") as scope:
         assert scope.verdict is None
 
-    assert ("s", 0, 1, "exit", {0: Outcome()}) == (
-        _verdict(scope).scope,
-        _verdict(scope).sequence,
-        _verdict(scope).world_size,
-        _verdict(scope).stage,
-        _verdict(scope).outcomes,
-    )
+    assert Verdict("s", 1, (0,), outcomes={0: Outcome()}) == scope.verdict
 
 
 # Times
-
-
-class _Times:
-    """A group that notes what a scope waits at most."""
-
-    rank, world_size, in_step, scopes, rounds = 0, 1, True, 0, 0
-
-    def __init__(self) -> None:
-        self.seen: tuple[float, ...] | None = None
-
-    def greet(self) -> None:
-        """Have no peers."""
-
-    def arrive(self, mine: Record, **times: float) -> Verdict:
-        self.seen = tuple(times[name] for name in ("timeout", "failure_timeout", "heartbeat_timeout", "warn_after"))
-        return Verdict(mine.scope, mine.sequence, 1, mine.stage)
-
-
-def _times(monkeypatch: pytest.MonkeyPatch, **times: Any) -> tuple[float, ...] | None:
-    group = _Times()
-    monkeypatch.setattr(_scope, "find_barrier", lambda _: (group, None))
-    with collective_scope(**times):
-        pass
-    return group.seen
 
 
 @pytest.mark.parametrize(
@@ -498,9 +631,9 @@ def _times(monkeypatch: pytest.MonkeyPatch, **times: Any) -> tuple[float, ...] |
     [
         pytest.param({}, {}, (300.0, 30.0, 30.0, 10.0), id="default"),
         pytest.param(
-            {"timeout": 2, "failure_timeout": 1.5, "heartbeat_timeout": 4, "warn_after": 1},
+            {"timeout": 2, "failure_timeout": 1.5, "warn_after": 1},
             {},
-            (2.0, 1.5, 4.0, 1.0),
+            (2.0, 1.5, 30.0, 1.0),
             id="numbers",
         ),
         pytest.param(
@@ -515,6 +648,7 @@ def _times(monkeypatch: pytest.MonkeyPatch, **times: Any) -> tuple[float, ...] |
             (7.5, 3.0, 9.0, 4.0),
             id="environment",
         ),
+        pytest.param({"warn_after": None}, {"WARN_AFTER": "4"}, (300.0, 30.0, 30.0, None), id="no-warnings"),
         pytest.param({}, {"TIMEOUT": "7.5"}, (7.5, 30.0, 30.0, 10.0), id="environment-of-one"),
         pytest.param(
             {"timeout": 2}, {"TIMEOUT": "7.5", "FAILURE_TIMEOUT": "3"}, (2.0, 3.0, 30.0, 10.0), id="argument-first"
@@ -525,7 +659,7 @@ def test_scope_times_come_from_argument_or_environment_or_default(
     monkeypatch: pytest.MonkeyPatch,
     arguments: dict[str, Any],
     environment: dict[str, str],
-    expected: tuple[float, ...],
+    expected: tuple[float | None, ...],
 ) -> None:
     """An argument counts before the environment, and that before the default."""
     for name in ("TIMEOUT", "FAILURE_TIMEOUT", "HEARTBEAT_TIMEOUT", "WARN_AFTER"):
@@ -533,10 +667,12 @@ def test_scope_times_come_from_argument_or_environment_or_default(
         if name in environment:
             monkeypatch.setenv(f"COLLECTIVE_SCOPE_{name}", environment[name])
 
-    assert expected == _times(monkeypatch, **arguments)
+    options = collective_scope(**arguments)._options  # noqa: SLF001  (what barriers make of them is tested with those)
+    names = ("timeout", "failure_timeout", "heartbeat_timeout", "warn_after")
+    assert expected == tuple(getattr(options, name) for name in names)
 
 
-@pytest.mark.parametrize("parameter", ["timeout", "failure_timeout", "heartbeat_timeout", "warn_after", "deadline"])
+@pytest.mark.parametrize("parameter", ["timeout", "failure_timeout", "warn_after", "kill_after"])
 @pytest.mark.parametrize(
     ("value", "error", "rule"),
     [
@@ -749,97 +885,264 @@ def test_scope_error_whose_str_raises_surfaces_and_is_attached() -> None:
 
 
 @pytest.mark.usefixtures("collected", "unlogged")
-def test_scope_refused_at_entry_is_left_and_keeps_nothing() -> None:
-    """A scope whose body was refused has been left: what it held, and its error, can go; it cannot be entered."""
+def test_scope_refused_at_entry_is_left_and_its_error_leaves_no_reference_cycle() -> None:
+    """A scope whose body was refused has been left: its error goes with the last reference; it cannot be entered."""
 
-    def enter(scope: CollectiveScope, references: list[weakref.ref[Any]]) -> None:
+    def enter(scope: CollectiveScope) -> weakref.ref[Any] | None:
         try:
             with scope:
                 pass
         except CollectiveScopeError as error:
-            references.append(weakref.ref(error))
+            return weakref.ref(error)
+        return None
 
-    def run(rank: int, barrier: Any, sequencer: Sequencer) -> Any:
+    def run(rank: int, group: RankGroup, sequencer: Sequencer) -> list[Any] | None:
         if rank == 1:
-            sequencer.wait_for("rank 0 has given up")
-            return None
-        references: list[weakref.ref[Any]] = []
-        first, second = (collective_scope(barrier, timeout=0.1) for _ in range(2))
-        thing = second.hold(_Thing())
-        references.append(weakref.ref(thing))
-        del thing
-        enter(first, references)
-        enter(second, references)
+            return sequencer.wait_for("rank 0 has given up")  # type: ignore[func-returns-value]
+        scopes = [collective_scope(group, timeout=0.1) for _ in range(3)]
+        references = [enter(scope) for scope in scopes]
         sequencer.announce("rank 0 has given up")
-        with pytest.raises(RuntimeError):
-            second.__enter__()
-        return [reference() for reference in references]
+        with pytest.raises(RuntimeError, match="guards one 'with' block"):
+            scopes[1].__enter__()
+        return [reference and reference() for reference in references]
 
-    with barriers_as_groups():
-        gc.collect()
-        gc.disable()
-        kept = meet(2, run)[0]
+    gc.collect()
+    gc.disable()
 
-    assert [None, None, None] == kept
+    assert [None, None, None] == meet(2, run)[0]
 
 
-# An interrupt at the wrong moment
+def test_scope_whose_group_cannot_be_found_runs_what_it_was_given_and_names_the_rest(calls: list[str]) -> None:
+    """A group that raises when it is looked up refuses the body; local cleanups run, a collective one is named."""
+    error = LookupError("no group")
+
+    def group() -> None:
+        raise error
+
+    scope = collective_scope(group, cleanups=[lambda: calls.append("given")])
+    scope.cleanup(calls.append, "registered")
+    scope.collective_cleanup(calls.append, "collective", name="destroy")
+    with pytest.raises(LookupError) as caught, scope:
+        calls.append("body")
+
+    assert error is caught.value
+    assert ["registered", "given"] == calls
+    assert 1 == len(error.__notes__)
+    assert "cleanup 'destroy' (registered at " in error.__notes__[0]
+    assert "left" in repr(scope)
 
 
-@pytest.mark.parametrize(("module", "name"), [(_scope, "Record"), (_barrier, "me")], ids=["before-it", "in-it"])
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
-def test_scope_interrupt_on_the_way_to_the_barrier_does_not_keep_a_rank_from_it(
-    module: ModuleType, name: str, interrupt: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C after the last cleanup, before the rank has arrived, is told to the peers like one in the body."""
-    function, due = getattr(module, name), threading.local()
+# A failure that the body reports itself
 
-    def call(*args: Any) -> Any:
-        # Where a signal's handler would run.
-        if getattr(due, "is_now", False):
-            due.is_now = False
-            raise interrupt
-        return function(*args)
 
-    monkeypatch.setattr(module, name, call)
+def test_fail_surfaces_at_the_exit_as_if_the_body_had_raised_it(calls: list[str]) -> None:
+    """A body that catches its error hands it to the scope, goes on, and the scope raises it."""
+    error = _BodyError("caught")
+    with pytest.raises(_BodyError) as caught, collective_scope() as scope:
+        scope.cleanup(calls.append, "cleanup")
+        scope.fail(error)
+        calls.append("the rest of the body")
 
-    def make_due(rank: int) -> None:
-        due.is_now = rank == 1
+    assert error is caught.value
+    assert ["the rest of the body", "cleanup"] == calls
+    assert "body" == _verdict(scope).failures[0].phase
 
-    def run(rank: int, barrier: Any, _: Sequencer) -> tuple[Any, ...]:
-        scope = collective_scope(barrier)
-        with pytest.raises((type(interrupt), PeerFailedError)) as caught, scope:
-            scope.cleanup(make_due, rank)
-        with collective_scope(barrier) as after:
+
+def test_fail_before_the_body_raises_is_attached_to_that() -> None:
+    """What the body raises after all surfaces; what it had reported is not lost."""
+    reported, raised = _BodyError("reported"), ValueError("raised")
+    with pytest.raises(ValueError, match="raised") as caught, collective_scope() as scope:
+        scope.fail(reported)
+        raise raised
+
+    assert (reported,) == caught.value.collective_scope_errors  # type: ignore[attr-defined]
+
+
+def _has_told_of_a_failure(group: RankGroup, rank: int) -> bool:
+    record = record_of(group.store, rank)
+    return record is not None and not record.outcome.ok
+
+
+def test_fail_is_told_to_the_peers_at_once() -> None:
+    """A peer that waits learns of it while the body of the rank that failed goes on."""
+
+    def run(rank: int, group: RankGroup, sequencer: Sequencer) -> str:
+        with pytest.raises((_BodyError, PeerFailedError)) as caught, collective_scope(group) as scope:
+            if rank == 1:
+                scope.fail(_BodyError("reported"))
+                assert wait_until(lambda: _has_told_of_a_failure(group, 1))
+                assert not is_waiting(group.store, 1)
+                sequencer.announce("told")
+            sequencer.wait_for("told")
+        return str(caught.value).splitlines()[0]
+
+    assert ["rank 1 of 2 failed in scope", "reported"] == [text[:27].strip() for text in meet(2, run)]
+
+
+def test_fail_against_the_rules_is_refused() -> None:
+    """Only an exception, and only in the body."""
+    scope = collective_scope(name="s")
+    with pytest.raises(RuntimeError, match=r"^scope 's' can fail in its body only"):
+        scope.fail(_BodyError())
+    with scope, pytest.raises(TypeError, match=r"^error must be an exception \(got 'no'\)$"):
+        scope.fail("no")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"^scope 's' can fail in its body only"):
+        scope.fail(_BodyError())
+
+    assert _verdict(scope).ok
+
+
+# Against the rules
+
+
+@pytest.mark.parametrize("register", ["cleanup", "collective_cleanup", "after_barrier"])
+def test_scope_with_cleanups_that_is_never_entered_warns(register: str) -> None:
+    """A forgotten `with` does not pass silently: the cleanups would never run."""
+    scope = collective_scope(name="s")
+    getattr(scope, register)(print)
+    with pytest.warns(
+        ResourceWarning, match=rf"^scope 's' \({__file__}:\d+\) was never entered; its cleanups did not run"
+    ):
+        del scope
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda scope: scope(lambda: None)(), id="decorator"),
+        pytest.param(lambda scope: scope.__enter__().__exit__(None, None, None), id="entered"),
+        pytest.param(repr, id="nothing-registered"),
+    ],
+)
+def test_scope_that_lost_no_cleanup_does_not_warn(use: Callable[[CollectiveScope], object]) -> None:
+    """A scope that decorates, was entered, or has nothing of its own goes quietly."""
+    scope = collective_scope(cleanups=[lambda: None])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        use(scope)
+        del scope
+
+    assert [] == caught
+
+
+def _leave(scope: CollectiveScope) -> str:
+    """Leave *scope* by hand; return what that raised."""
+    try:
+        scope.__exit__(None, None, None)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def test_scope_left_before_one_within_it_says_so_and_the_peers_stay_in_step() -> None:
+    """A scope around the yield of a generator that is closed late breaks the order: told here and to the peers, once."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[list[str], bool]:
+        said: list[str] = []
+        if rank == 0:
+            outer, inner = (collective_scope(group, name=name).__enter__() for name in ("outer", "inner"))
+            said += [_leave(outer), _leave(inner), f"then in {current_scope(None)}"]
+        else:
+            with (
+                pytest.raises(PeerFailedError) as caught,
+                collective_scope(group, name="outer"),
+                collective_scope(group, name="inner"),
+            ):
+                pass
+            said.append(str(caught.value).splitlines()[0])
+        with collective_scope(group, name="next") as scope:
             pass
-        return caught.type, scope.verdict, _verdict(after).ok
+        return said, _verdict(scope).ok
 
-    with barriers_as_groups():
-        (raised, verdict, is_ok), mine = meet(2, run)
+    (said, is_ok), (told, is_peer_ok) = meet(2, run)
 
-    assert (PeerFailedError, True) == (raised, is_ok)
-    assert (type(interrupt), verdict, True) == mine
-    assert {1: ("barrier", type(interrupt).__name__)} == {
-        rank: (o.phase, o.type_name) for rank, o in verdict.failures.items()
-    }
-    assert verdict.complete
+    assert said == [
+        "scope 'outer' was left before scope 'inner', which was entered within it",
+        "scope 'inner' was left after a scope around it",
+        "then in None",
+    ]
+    assert told[0].startswith("rank 0 of 2 failed in scope 'outer', around scope 'inner': RuntimeError: ")
+    assert is_ok
+    assert is_peer_ok
 
 
-def test_scope_error_on_the_way_to_the_barrier_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no interrupt would be raised again and again."""
-    process, calls = _barrier.me(), itertools.count(1)  # type: ignore[attr-defined]  # imported there
+def test_scope_left_out_of_order_without_a_group_says_so_too() -> None:
+    """Where there are no peers the rule is the same, and the next scope finds everything in order."""
 
-    def call() -> Any:
-        if next(calls) == 1:
-            msg = "no /proc"
-            raise OSError(msg)
-        return process
+    def misnest() -> list[str]:
+        outer, inner = (collective_scope(name=name).__enter__() for name in ("outer", "inner"))
+        return [_leave(outer), _leave(inner), f"then in {current_scope(None)}"]
 
-    monkeypatch.setattr(_barrier, "me", call)
-    with pytest.raises(OSError, match="no /proc"), collective_scope():
-        pass
+    assert contextvars.copy_context().run(misnest) == [
+        "scope 'outer' was left before scope 'inner', which was entered within it",
+        "scope 'inner' was left after a scope around it",
+        "then in None",
+    ]
 
-    assert 2 == next(calls)
+
+def test_scope_left_by_another_thread_says_so_and_can_still_be_left(calls: list[str]) -> None:
+    """A scope belongs to the thread that entered it; another one is told, and changes nothing."""
+    said: list[str] = []
+    with collective_scope(name="s") as scope:
+        scope.cleanup(calls.append, "cleanup")
+        thread = threading.Thread(target=lambda: said.append(_leave(scope)))
+        thread.start()
+        thread.join(PATIENCE_S)
+        assert [] == calls
+
+    assert ["scope 's' was left by another thread than the one that entered it"] == said
+    assert ["cleanup"] == calls
+    assert _verdict(scope).ok
+
+
+def test_scope_entered_while_another_thread_is_in_one_of_the_group_is_refused() -> None:
+    """Two threads cannot be one rank: the second is told so at once, and does not disturb the first."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[list[str], bool]:
+        said: list[str] = []
+
+        def enter() -> None:
+            with pytest.raises(RuntimeError) as caught, collective_scope(group, name="second"):
+                said.append("body")
+            said.append(str(caught.value))
+
+        with collective_scope(group, name="first") as scope:
+            if rank == 0:
+                thread = threading.Thread(target=enter)
+                thread.start()
+                thread.join(PATIENCE_S)
+        with collective_scope(group, name="next") as following:
+            pass
+        return said, _verdict(scope).ok and _verdict(following).ok
+
+    (said, is_ok), other = meet(2, run)
+
+    assert ["scope 'second' cannot be entered: another thread of this process is in scope 'first'"] == [
+        text.partition(" of the same group")[0] for text in said
+    ]
+    assert is_ok
+    assert ([], True) == other
+
+
+def test_scope_that_a_forked_child_unwinds_through_is_its_parents() -> None:
+    """In the child the exit runs nothing and tells nothing, and lets the exception pass; the parent's is undisturbed."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[str, list[str], bool]:
+        calls: list[str] = []
+        text = ""
+        with collective_scope(group) as scope:
+            scope.cleanup(calls.append, "cleanup")
+
+            def unwind() -> str:
+                with pytest.raises(_BodyError, match="in the child"):
+                    scope.__exit__(_BodyError, error := _BodyError("in the child"), None) or _raise(error)
+                return f"{calls} {scope.verdict}"
+
+            if rank == 0:
+                text = in_a_fork(unwind)
+        return text, calls, _verdict(scope).ok
+
+    assert [("[] None", ["cleanup"], True), ("", ["cleanup"], True)] == meet(2, run)
 
 
 # No cycles
@@ -878,7 +1181,7 @@ def test_scope_left_on_any_path_leaves_no_reference_cycle(failing: str) -> None:
                 if failing in ("body", "interrupt in a cleanup"):
                     fail()
                 if failing == "peer":
-                    raise PeerFailedError(failing, Verdict("s", 0, 2))  # noqa: TRY301
+                    raise PeerFailedError(failing, Verdict("s", 2))  # noqa: TRY301
         except BaseException as error:  # noqa: BLE001
             assert type(error).__name__ in {  # noqa: PT017
                 "Watched",
@@ -903,21 +1206,20 @@ def test_scope_raising_for_its_peers_leaves_no_reference_cycle() -> None:
     """An error that the scope makes goes at once as well, with the frames that it passed."""
     references: list[weakref.ref[Any]] = []
 
-    def run(rank: int, barrier: Any, _: Sequencer) -> None:
+    def run(rank: int, group: RankGroup, _: Sequencer) -> None:
         thing = _Thing()
         references.append(weakref.ref(thing))
         try:
-            with collective_scope(barrier) as scope:
+            with collective_scope(group) as scope:
                 references.append(weakref.ref(scope))
                 if rank == 1:
                     raise _BodyError  # noqa: TRY301
         except (_BodyError, PeerFailedError) as error:
             references.append(weakref.ref(error))
 
-    with barriers_as_groups():
-        gc.collect()
-        gc.disable()
-        meet(2, run)
+    gc.collect()
+    gc.disable()
+    meet(2, run)
 
     assert 6 == len(references)
     assert [] == [each for each in (reference() for reference in references) if each is not None]
@@ -936,25 +1238,149 @@ def test_scope_failure_is_logged_with_its_traceback_before_the_cleanups(
 
     assert [1] == calls
     assert (logging.ERROR, "collective_scope") == (caplog.records[0].levelno, caplog.records[0].name)
-    assert caplog.messages[0].startswith("rank 0 of 1 failed in scope 's', body")
+    assert caplog.messages[0] == "scope 's' failed, body"
     assert caplog.records[0].exc_info is not None
     assert _BodyError is caplog.records[0].exc_info[0]
 
 
-def test_scope_failure_is_logged_before_peers_are_waited_for(caplog: pytest.LogCaptureFixture) -> None:
-    """The log has the traceback while the peers have not arrived yet."""
+class _Handler(logging.Handler):
+    """A handler that does as told."""
 
-    def run(rank: int, barrier: Any, sequencer: Sequencer) -> None:
-        with contextlib.suppress(_BodyError, PeerFailedError), collective_scope(barrier, name="s") as scope:
+    def __init__(self, emit: Callable[[], object]) -> None:
+        super().__init__()
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+        self._emit()
+
+
+@contextlib.contextmanager
+def _handling(emit: Callable[[], object]) -> Iterator[None]:
+    handler, logger = _Handler(emit), logging.getLogger("collective_scope")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_scope_failure_is_told_before_it_is_logged_and_logged_before_any_wait() -> None:
+    """The peers know while the log is still being written, and the traceback is there before the cleanups begin."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> list[object]:
+        seen: list[object] = []
+
+        def emit() -> None:
+            # As long as the pipe behind a log may be full.
+            seen.append(wait_until(lambda: _has_told_of_a_failure(group, 1)))
+
+        handling = _handling(emit) if rank == 1 else contextlib.nullcontext()
+        with contextlib.suppress(_BodyError, PeerFailedError), handling, collective_scope(group) as scope:
+            scope.cleanup(seen.append, "cleanup")
             if rank == 1:
-                scope.cleanup(lambda: sequencer.announce(f"{len(caplog.records)} records"))
                 raise _BodyError
-            sequencer.wait_for("1 records")
+        return seen
 
-    with barriers_as_groups():
-        meet(2, run)
+    assert [["cleanup"], [True, "cleanup"]] == meet(2, run)
 
-    assert ["rank 1 of 2 failed in scope 's', body"] == [message.split(";")[0] for message in caplog.messages]
+
+class _NotesError(Exception):
+    @property
+    def __notes__(self) -> list[str]:
+        msg = "no notes"
+        raise LookupError(msg)
+
+
+class _GroupError(ExceptionGroup[Exception]):
+    @property
+    def exceptions(self) -> Any:
+        msg = "no members"
+        raise LookupError(msg)
+
+
+class _MappingError(Exception):
+    def __getattr__(self, name: str) -> object:
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize(
+    "emit",
+    [lambda: _raise(OSError("no space left")), lambda: _raise(SystemExit(5)), None],
+    ids=["raises", "exits", "ok"],
+)
+@pytest.mark.parametrize(
+    "make",
+    [_BodyError, _NotesError, _MappingError, lambda: _GroupError("x", [ValueError()])],
+    ids=["plain", "notes-raise", "attributes-raise", "members-raise"],
+)
+@pytest.mark.parametrize("where", ["body", "cleanup"])
+def test_scope_failure_that_cannot_be_logged_or_formatted_costs_neither_cleanups_nor_barrier(
+    where: str, make: Callable[[], Exception], emit: Callable[[], object] | None
+) -> None:
+    """Whatever the log and the exception do, every cleanup runs, the peers are told, and no error vanishes."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[list[str], bool, Verdict | None, bool]:
+        calls: list[str] = []
+        error = make()
+        raised: BaseException | None = None
+        handling = _handling(emit) if rank == 1 and emit is not None else contextlib.nullcontext()
+        scope = collective_scope(group, timeout=5.0)
+        try:
+            with handling, scope:
+                scope.after_barrier(calls.append, "after")
+                scope.cleanup(calls.append, "first")
+                if rank == 1:
+                    scope.cleanup(_raise, _CleanupError())
+                    scope.cleanup(_raise, error if where == "cleanup" else _CleanupError())
+                scope.cleanup(calls.append, "last")
+                if rank == 1 and where == "body":
+                    raise error  # noqa: TRY301
+        except BaseException as surfaced:  # noqa: BLE001
+            raised = surfaced
+        told = [raised, *_members(raised), *vars(raised or error).get("collective_scope_errors", ())]
+        with collective_scope(group, timeout=5.0) as following:
+            pass
+        return calls, any(each is error for each in told), scope.verdict, _verdict(following).ok
+
+    (calls_0, _, verdict_0, is_ok_0), (calls_1, is_there, verdict_1, is_ok_1) = meet(2, run)
+
+    assert ["last", "first", "after"] == calls_0 == calls_1
+    assert is_there
+    assert verdict_0 is not None
+    assert verdict_0 == verdict_1
+    assert [1] == list(verdict_0.failures)
+    assert verdict_0.complete
+    assert is_ok_0
+    assert is_ok_1
+
+
+def _members(error: BaseException | None) -> tuple[BaseException, ...]:
+    return BaseExceptionGroup.exceptions.__get__(error) if isinstance(error, BaseExceptionGroup) else ()
+
+
+def _fail_in_a_decorated_function() -> None:
+    raise _BodyError
+
+
+@pytest.mark.parametrize("where", ["decorated", "cleanup", "after_barrier", "enter_context"])
+def test_scope_failure_is_shown_without_frames_of_the_library(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What is logged, and what peers are told, has the lines of the test and of what it called, and no others."""
+    scope = collective_scope()
+    if where == "decorated":
+        with pytest.raises(_BodyError):
+            scope(_fail_in_a_decorated_function)()
+    else:
+        with pytest.raises(_BodyError), scope:
+            if where == "enter_context":
+                stack = scope.enter_context(contextlib.ExitStack())
+                stack.callback(_fail_in_a_decorated_function)
+            else:
+                getattr(scope, where)(_fail_in_a_decorated_function)
+    told = "" if scope.verdict is None else "".join(outcome.traceback for outcome in scope.verdict.failures.values())
+
+    assert "in _fail_in_a_decorated_function" in caplog.text
+    assert str(Path(_failures.__file__).parent) not in caplog.text
+    assert str(Path(_failures.__file__).parent) not in told
 
 
 @pytest.mark.parametrize("error", [_SKIP("no GPU"), unittest.SkipTest("no GPU")], ids=["pytest", "unittest"])
@@ -972,7 +1398,7 @@ def test_scope_error_that_passes_through_nested_scopes_is_logged_once(caplog: py
     with pytest.raises(_BodyError), collective_scope(name="outer"), collective_scope(name="inner"):
         raise _BodyError
 
-    assert ["rank 0 of 1 failed in scope 'inner', body"] == [message.split(";")[0] for message in caplog.messages]
+    assert ["scope 'inner' failed, body"] == caplog.messages
 
 
 def test_scope_new_error_after_an_inner_one_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
@@ -993,6 +1419,65 @@ def test_scope_in_peace_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
         scope.cleanup(print, end="")
 
     assert [] == caplog.messages
+
+
+# Large things
+
+
+@pytest.mark.parametrize("what", ["scope", "cleanup", "message"])
+def test_scope_with_nine_megabytes_to_say_agrees_all_the_same(what: str) -> None:
+    """A name or a message over the limit of a store is shortened; the ranks hold one verdict, and it can be read."""
+    huge = "é" * 9_000_000
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[Verdict | None, str]:
+        scope = collective_scope(group, name=huge if what == "scope" else "s", timeout=10.0)
+        with pytest.raises((CollectiveScopeError, _BodyError)) as caught, scope:
+            if rank == 1:
+                scope.collective_cleanup(print, name=huge if what == "cleanup" else "c")
+                raise _BodyError(huge if what == "message" else "no")
+        return scope.verdict, caught.type.__name__
+
+    (verdict, raised), mine = meet(2, run, store=store)
+
+    assert "PeerFailedError" == raised
+    assert (verdict, "_BodyError") == mine
+    assert verdict is not None
+    assert verdict.complete
+    assert len(repr(attrs.asdict(verdict))) < 1_000_000
+
+
+def test_fingerprints_that_differ_in_their_middle_are_different() -> None:
+    """Four hundred handles of which one differs: the cleanup runs on no rank, whatever of them is shown."""
+
+    def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[list[str], str]:
+        calls: list[str] = []
+        handles = [10_000 + each for each in range(400)]
+        handles[200] += rank
+        with pytest.raises(CleanupMismatchError) as caught, collective_scope(group) as scope:
+            scope.collective_cleanup(calls.append, "freed", fingerprint=lambda: handles)
+        return calls, str(caught.value)
+
+    (calls, text), other = meet(2, run)
+
+    assert ([], text) == (calls, other[1])
+    assert [] == other[0]
+    assert len(text) < 5_000
+
+
+@pytest.mark.usefixtures("unlogged")
+@pytest.mark.parametrize("how", ["fail", "are-skipped"])
+def test_sixty_thousand_cleanups_that_fail_are_not_quadratic(how: str) -> None:
+    """A body that registers a cleanup per tensor may see all of them fail, in seconds and not in minutes."""
+    scope = collective_scope((lambda: _raise(LookupError())) if how == "are-skipped" else None)
+    register = scope.collective_cleanup if how == "are-skipped" else scope.cleanup
+    for number in range(60_000):
+        register(_raise, ValueError(number), **({"name": "c"} if how == "are-skipped" else {}))
+    start = time.thread_time()
+    with pytest.raises((ExceptionGroup, LookupError)), scope:
+        pass
+
+    assert time.thread_time() - start < 8.0
 
 
 # The collector in lockstep
@@ -1061,81 +1546,18 @@ def test_lockstep_gc_collects_the_garbage_of_the_body_before_the_cleanups(*, fai
     assert [[True, True]] == seen
 
 
-# A communicator's own barrier
+@pytest.mark.usefixtures("collected", "unlogged")
+def test_lockstep_gc_collects_whatever_the_failure_of_the_body_does() -> None:
+    """An exception that does not show its members keeps no rank from collecting at the same point as its peers."""
+    references: list[weakref.ref[_Thing]] = []
+    seen: list[bool] = []
+    error = _GroupError("x", [ValueError()])
+    with pytest.raises(_GroupError), collective_scope(lockstep_gc=True) as scope:
+        scope.cleanup(lambda: seen.append(references[0]() is None))
+        thing = _Thing()
+        thing.itself = thing  # type: ignore[attr-defined]
+        references.append(weakref.ref(thing))
+        del thing
+        raise error
 
-
-@pytest.fixture(name="as_process_groups")
-def _as_process_groups() -> Iterator[None]:
-    """Let barriers pass for process groups, whose communicator the tests bring along."""
-    with barriers_as_groups(), pytest.MonkeyPatch.context() as patch:
-        find_barrier = _scope.find_barrier  # type: ignore[attr-defined]
-
-        def find(group: Any) -> Any:
-            found = find_barrier(group)
-            return found and (found[0], ("the process group", "its store"))
-
-        patch.setattr(_scope, "find_barrier", find)
-        yield
-
-
-@pytest.mark.usefixtures("as_process_groups")
-def test_group_barrier_that_does_not_open_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A communicator that is out of step is an error after the timeout, not a hang."""
-    monkeypatch.setattr(_scope, "group_barrier", lambda _: lambda: False)
-
-    def run(_: int, barrier: Any, __: Sequencer) -> list[str]:
-        with pytest.raises(TimeoutError) as caught, collective_scope(barrier, timeout=2.0, group_barrier=True) as scope:
-            pass
-        return [str(caught.value), _verdict(scope).failures[0].phase]
-
-    assert [["the group's own barrier did not open within 2.0 s", "cleanup 'dist.barrier of the group'"]] * 2 == meet(
-        2, run
-    )
-
-
-@pytest.mark.usefixtures("as_process_groups")
-def test_group_barrier_is_polled_after_all_cleanups_until_it_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The communicator's barrier is the last thing before the scope's own opens."""
-    log: dict[Any, list[str]] = {}
-
-    def start(_: Any) -> Callable[[], bool]:
-        mine = log[threading.current_thread()]
-        mine.append("starts")
-
-        def opened() -> bool:
-            mine.append("asks")
-            return mine.count("asks") == 3
-
-        return opened
-
-    monkeypatch.setattr(_scope, "group_barrier", start)
-
-    def run(_: int, barrier: Any, __: Sequencer) -> list[str]:
-        mine = log.setdefault(threading.current_thread(), [])
-        with collective_scope(barrier, group_barrier=True, cleanups=[lambda: mine.append("given")]) as scope:
-            scope.after_barrier(mine.append, "after")
-            scope.collective_cleanup(mine.append, "collective")
-        return mine
-
-    assert [["collective", "given", "starts", "asks", "asks", "asks", "after"]] * 2 == meet(2, run)
-
-
-@pytest.mark.usefixtures("as_process_groups")
-def test_group_barrier_is_left_out_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a failure nobody enters the communicator's barrier: a peer may be stuck there."""
-    started: list[int] = []
-
-    def start(_: Any) -> Callable[[], bool]:
-        started.append(1)
-        return lambda: True
-
-    monkeypatch.setattr(_scope, "group_barrier", start)
-
-    def run(rank: int, barrier: Any, __: Sequencer) -> str:
-        with pytest.raises((_BodyError, PeerFailedError)) as caught, collective_scope(barrier, group_barrier=True):
-            if rank == 1:
-                raise _BodyError
-        return caught.type.__name__
-
-    assert ["PeerFailedError", "_BodyError"] == meet(2, run)
-    assert [] == started
+    assert [True] == seen

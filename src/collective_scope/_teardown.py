@@ -94,6 +94,8 @@ class Teardown(Registry):
     """What it is called."""
     _arrived_at: str = attrs.field(default="", init=False)
     """The stage that this rank came to last."""
+    _wait: Wait | None = attrs.field(default=None, init=False)
+    """Its wait there."""
     _agreed: tuple[str, ...] | None = attrs.field(default=None, init=False)
     """Collective cleanups of which the next one may run; None while there is none to be run without a barrier."""
     _chosen: Cleanup | None = attrs.field(default=None, init=False)
@@ -202,12 +204,16 @@ class Teardown(Registry):
         """Arrive at the next barrier; note which collective cleanups may be run after it."""
         if self._arrived_at != self._stage:
             self.verdict = None
-            verdict = self._arrive(self._stage)
-            if verdict.cleanups or self._mismatch is not None:
-                self._mismatch = mismatch = self._mismatch or verdict
-                verdict = attrs.evolve(verdict, cleanups=mismatch.cleanups, agreed=mismatch.agreed)
-            # One line: whoever sees the verdict sees what may be run.
-            self.verdict, self._agreed = verdict, verdict.agreed if verdict.pending and verdict.complete else None
+            self._take_verdict(self._arrive(self._stage))
+        elif self.verdict is None and self._wait is not None and isinstance(self._wait.reply, Verdict):
+            self._take_verdict(self._wait.reply)  # it was there when an interrupt came
+
+    def _take_verdict(self, verdict: Verdict) -> None:
+        if verdict.cleanups or self._mismatch is not None:
+            self._mismatch = mismatch = self._mismatch or verdict
+            verdict = attrs.evolve(verdict, cleanups=mismatch.cleanups, agreed=mismatch.agreed)
+        # One line: whoever sees the verdict sees what may be run.
+        self.verdict, self._agreed = verdict, verdict.agreed if verdict.pending and verdict.complete else None
 
     def _run_rest(self) -> None:
         """Run what is left and local. What is collective does not run without an agreement."""
@@ -251,7 +257,9 @@ class Teardown(Registry):
         self._cleanups.clear()
         self._after.clear()
         self._failures.clear()
-        self._told = self._parent = self._membership = self._barrier = self._kept = self._in_flight = self._span = None
+        self._told = self._parent = self._membership = self._barrier = self._kept = self._in_flight = self._span = (
+            self._wait
+        ) = None
 
     # What the steps do it with.
 
@@ -299,7 +307,7 @@ class Teardown(Registry):
         return barrier.arrive(record, timeout, options.failure_timeout, started)
 
     def _note_arrival(self, stage: str, wait: Wait) -> None:
-        self._arrived_at = stage
+        self._arrived_at, self._wait = stage, wait
         span = self._span
         if span is not None:
             span.stage, span.wait = stage, wait

@@ -111,11 +111,10 @@ class Barrier:
         try:
             started(wait)
             thread.submit(functools.partial(self.part.attend, wait, thread.is_running))
-            verdict = self._await(wait)
+            return self._note(self._await(wait), record)
         except BaseException as interrupt:
             self._stop_waiting(wait, interrupt)
             raise
-        return self._note(verdict, record)
 
     def leave(self, last_word: str) -> None:
         """Leave the group, which has been destroyed here; wait for the store at most `LEAVE_S`."""
@@ -171,7 +170,8 @@ class Barrier:
     def _stop_waiting(self, wait: Wait, interrupt: BaseException) -> None:
         """End the round for all: an interrupt has ended the wait of this rank."""
         if wait.over:  # it came when the round was over
-            self.in_step = isinstance(wait.reply, Verdict) and wait.reply.complete
+            if isinstance(wait.reply, Verdict):
+                wait.reply = self._note(wait.reply, wait.record)
             return
         if wait.record.outcome.ok:
             wait.record = attrs.evolve(wait.record, outcome=Outcome.of(interrupt, "barrier"))
