@@ -112,6 +112,8 @@ def find(group: GroupLike) -> tuple[Membership, object] | None:  # noqa: PLR0911
     """
     if callable(group) and not isinstance(group, StoreGroup):
         group = group()
+    if is_communicator(group):
+        return _of_communicator(group), group
     if group is None:
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         return None if world is None else (_of_process_group(world), world)
@@ -132,8 +134,6 @@ def find(group: GroupLike) -> tuple[Membership, object] | None:  # noqa: PLR0911
         return find(group.cpu_group)
     if isinstance(group, StoreGroup):
         return _of_store(group, group.store, int(group.rank), int(group.world_size)), group
-    if is_communicator(group):
-        return _of_communicator(group), group
     hint = f"; did you mean name={group!r}?" if isinstance(group, str) else ""
     msg = f"{ACCEPTED} (got {shorten(repr(group), 100)}, a {type(group).__qualname__}){hint}"
     raise TypeError(msg)

@@ -236,7 +236,8 @@ class Span:
                 continue
             state = record.process.state()
             if record.place is not None and record.answered >= self._asked[0] > 0:
-                places[rank] = attrs.evolve(record.place, state=state)
+                seconds = record.place.seconds and record.place.seconds + now - self._asked[1]
+                places[rank] = attrs.evolve(record.place, state=state, seconds=seconds)
             elif record.last_word:
                 places[rank] = Place(record.process, state, phase=record.last_word)
             else:
