@@ -27,13 +27,16 @@ from .exceptions import (
     CollectiveScopeError,
     PeerFailedError,
     PeerLostError,
+    RevokedInterrupt,
     ScopeMismatchError,
 )
+from .renewable import RenewableGroup
 
 
 # How the files hang together, each importing only from those below it:
 #
 #   _api                    the function that users call, and what it accepts
+#   renewable               a group that can be revoked, and made again
 #   _scope, _teardown       the life of a scope: entry, decorator; the steps of the exit
 #   _registry, _failures    what a body registers; what went wrong here, and what surfaces
 #   _speaker, _report       what is said in the log while ranks are late; every sentence that a user reads
@@ -50,6 +53,8 @@ __all__ = [
     "Outcome",
     "PeerFailedError",
     "PeerLostError",
+    "RenewableGroup",
+    "RevokedInterrupt",
     "ScopeMismatchError",
     "Verdict",
     "collective_scope",
@@ -59,7 +64,7 @@ __all__ = [
 
 __version__ = _version("collective_scope")
 
-for _public in (CollectiveScope, Outcome, Verdict, collective_scope, current_scope):
+for _public in (CollectiveScope, Outcome, RenewableGroup, Verdict, collective_scope, current_scope):
     # get_type_hints() looks names up in the module, so they are looked up before that changes.
     _public.__annotations__ = _get_type_hints(_public)
     # Messages and reprs show where users import from.

@@ -15,6 +15,10 @@ from typing import Any
 import attrs
 
 
+__tracebackhide__ = True
+"""pytest leaves frames of this file out: between a scope and the cleanup that failed, they tell nothing."""
+
+
 @attrs.define(eq=False)
 class Cleanup:
     """
@@ -60,7 +64,7 @@ class CleanupStack:
     _begun: list[Cleanup] = attrs.field(factory=list)
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) - bool(self._waiting and self._waiting[-1].begun)
 
     def push(self, cleanup: Cleanup) -> None:
         self._waiting.append(cleanup)
@@ -87,8 +91,12 @@ class CleanupStack:
         counts: dict[str, int] = {}
         for cleanup in self._waiting:
             if cleanup.collective and not cleanup.begun:
-                counts[cleanup.name] = count = counts.get(cleanup.name, 0) + 1
-                named[cleanup.name if count == 1 else f"{cleanup.name} #{count}"] = cleanup
+                key, count = cleanup.name, counts.get(cleanup.name, 0) + 1
+                while key in named:  # for ever longer: one may be called "free #2"
+                    count = max(2, count)
+                    key, count = f"{cleanup.name} #{count}", count + 1
+                counts[cleanup.name] = count
+                named[key] = cleanup
         return dict(reversed(named.items()))
 
     def clear(self) -> None:

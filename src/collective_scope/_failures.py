@@ -12,13 +12,14 @@ import attrs
 from . import _report
 from ._cleanups import Cleanup
 from .agreement.records import OK, Outcome, Verdict
-from .agreement.text import message_of, one_line, type_name
+from .agreement.text import message_of, one_line, type_name, without_frames_of_ours
 from .exceptions import (
     BarrierTimeoutError,
     CleanupMismatchError,
     CollectiveScopeError,
     PeerFailedError,
     PeerLostError,
+    RevokedInterrupt,
     ScopeMismatchError,
 )
 
@@ -68,9 +69,10 @@ class Failures:
         level = logging.INFO if _is_skip(error) else logging.ERROR
         try:
             text = _report.failed_here(rank, world_size, scope, phase)
-            logger.log(level, "%s", text, exc_info=error, extra={"rank": rank, "scope": scope, "phase": phase})
+            exc_info = (type(error), error, without_frames_of_ours(error.__traceback__))
+            logger.log(level, "%s", text, exc_info=exc_info, extra={"rank": rank, "scope": scope, "phase": phase})
         except Exception as broken:
-            # A handler that raises must not keep the peers waiting, and not be silent either.
+            # A handler that raises must not be silent.
             error.add_note(f"This could not be logged: {type_name(broken)}: {message_of(broken)}")
 
     def surface(self, scope: str, verdict: Verdict | None, rank: int) -> BaseException | None:
@@ -80,6 +82,7 @@ class Failures:
         The body's own exception first, then the cleanups', then what the
         verdict says of the peers; but an interrupt before ordinary errors.
         """
+        self.raised = [(phase, error) for phase, error in self.raised if not isinstance(error, RevokedInterrupt)]
         here = [error for _, error in self.raised]
         peers = errors_of(verdict, rank, failed=bool(here)) if verdict is not None and not verdict.ok else []
         if not here and not peers and not self.skipped:
@@ -98,9 +101,10 @@ class Failures:
         else:
             # Nothing else says it: a skipped cleanup never passes silently.
             primary = CleanupMismatchError(_report.skipped(self.skipped), verdict)
-        rest = [(phase, e) for phase, e in self.raised if e is not primary and e not in members]
+        known = {id(error) for error in (primary, *members)}
+        rest = [(phase, e) for phase, e in self.raised if id(e) not in known]
         # What a scope within this one raised says it already, if it was this one that was over.
-        if primary is self.body and getattr(primary, "verdict", None) == verdict is not None:
+        if primary is self.body and isinstance(primary, CollectiveScopeError) and primary.verdict == verdict:
             peers = []
         rest += [("at the barrier", error) for error in peers if error is not primary]
         self.attach(scope, primary, rest)
@@ -111,15 +115,16 @@ class Failures:
     ) -> None:
         """Attach *rest*, by default all that was raised here, to what surfaces: as notes and as an attribute."""
         rest = list(self.raised if rest is None else rest)
-        # A failure that leaves many scopes finds its own echo from the peers at each: told in full once.
-        earlier = getattr(primary, "collective_scope_errors", ())
-        echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
-        texts = [
-            _report.attached(error, phase, in_full=not (earlier or isinstance(error, echoes))) for phase, error in rest
-        ]
-        if self.skipped:
-            texts.append(_report.skipped(self.skipped))
+        texts: list[str] = []
         try:
+            # A failure that leaves many scopes finds its own echo from the peers at each: told in full once.
+            earlier = getattr(primary, "collective_scope_errors", ())
+            echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
+            for phase, error in rest:
+                in_full = not (earlier or isinstance(error, echoes))
+                texts.append(_report.attached(error, phase, in_full=in_full))
+            if self.skipped:
+                texts.append(_report.skipped(self.skipped))
             for text in texts:
                 if (
                     text not in getattr(primary, "__notes__", ())

@@ -19,11 +19,12 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from ._mpi import is_communicator, membership_attribute, store_of
+from ._mpi import Communicator, is_communicator, membership_attribute, store_of
 from .agreement.barrier import Barrier
 from .agreement.control import Control
 from .agreement.part import Part
 from .agreement.process import serves_store
+from .agreement.revocation import Renewal
 from .agreement.store_thread import base_of, knock
 from .agreement.text import shorten
 
@@ -51,8 +52,7 @@ class StoreGroup(Protocol):
     world_size: Any
 
 
-Group: TypeAlias = Any
-"""None, a ``ProcessGroup``, a ``DeviceMesh``, a `GroupCoordinator`, a `StoreGroup`, or an mpi4py communicator."""
+Group: TypeAlias = dist.ProcessGroup | dist.DeviceMesh | GroupCoordinator | StoreGroup | Communicator | int | None
 
 GroupLike: TypeAlias = Group | Callable[[], Group]
 
@@ -70,12 +70,14 @@ class Membership:
 
     Attributes:
         barrier: The rank's barrier; None if it has no peers.
+        renewal: The group itself, if it can be revoked and made again.
         open: The scopes on this group that have been entered and not left, outermost first.
         store: The group's store, if only this keeps it: it has to outlive a group that the body destroys.
     """
 
     barrier: Barrier | None = None
     store: Store | None = None
+    renewal: Renewal | None = None
     open: list[Any] = attrs.field(factory=list, init=False)
 
 
@@ -115,7 +117,7 @@ def find(group: GroupLike) -> tuple[Membership, object] | None:  # noqa: PLR0911
     if is_communicator(group):
         return _of_communicator(group), group
     if group is None:
-        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        world = default_group()
         return None if world is None else (_of_process_group(world), world)
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         return outside(), None
@@ -137,6 +139,11 @@ def find(group: GroupLike) -> tuple[Membership, object] | None:  # noqa: PLR0911
     hint = f"; did you mean name={group!r}?" if isinstance(group, str) else ""
     msg = f"{ACCEPTED} (got {shorten(repr(group), 100)}, a {type(group).__qualname__}){hint}"
     raise TypeError(msg)
+
+
+def default_group() -> ProcessGroup | None:
+    """Return the default group; None if there is none."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def place_in_world() -> tuple[int, int]:
@@ -221,7 +228,7 @@ def _of_communicator(comm: Any) -> Membership:
 
 def _of_store(owner: object, store: Any, rank: int, world_size: int, ranks: list[int] | None = None) -> Membership:
     """Return the membership that belongs to *owner*, the group; it ends with that."""
-    if world_size == 1:
+    if world_size == 1 and not isinstance(owner, Renewal):
         return outside()
     try:
         membership = _memberships.get(owner)
@@ -229,7 +236,9 @@ def _of_store(owner: object, store: Any, rank: int, world_size: int, ranks: list
         msg = f"group must be an object that can be weakly referenced (got {owner!r})"
         raise TypeError(msg) from error
     if membership is None:
-        membership = _memberships[owner] = _make(owner, store, rank, world_size, ranks)
+        membership = outside() if world_size == 1 else _make(owner, store, rank, world_size, ranks)
+        membership.renewal = owner if isinstance(owner, Renewal) else None
+        _memberships[owner] = membership
         weakref.finalize(owner, _end, membership)
     return membership
 
@@ -269,7 +278,7 @@ def _control(store: Store, connect: Callable[[], Store]) -> Control:
             serves = is_tcp and serves_store(base.port)
             # A store that has no address is known by its identity, so it has to stay.
             control = _controls[key] = Control(connect, store if serves or not is_tcp else None, serves=serves)
-            world = dist.group.WORLD if dist.is_initialized() else None
+            world = default_group()
             theirs = None if world is None else _store(world)
             if world is not None and theirs is not None and base_of(theirs) is base:
                 # Groups come and go: as long as there is a default group on this store, the thread stays.

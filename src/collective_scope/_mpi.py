@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
@@ -28,9 +28,23 @@ _keyvals: list[int] = []
 """The key of the attribute of communicators that has their membership; made at the first scope."""
 
 
+@runtime_checkable
+class Communicator(Protocol):
+    """What mpi4py calls a group, as far as it is used here."""
+
+    def Get_rank(self) -> int:  # noqa: N802  (mpi4py's name)
+        """Return this rank."""
+
+    def Get_attr(self, keyval: int) -> Any:  # noqa: N802  (mpi4py's name)
+        """Return what is remembered with it."""
+
+    def Ibcast(self, buf: Any, root: int = 0) -> Any:  # noqa: N802  (mpi4py's name)
+        """Begin to send something to all ranks."""
+
+
 def is_communicator(group: object) -> bool:
     """Whether *group* is an mpi4py communicator."""
-    return hasattr(group, "Get_rank") and hasattr(group, "Ibcast") and hasattr(group, "Get_attr")
+    return isinstance(group, Communicator)
 
 
 def membership_attribute(comm: Any) -> tuple[Any, Callable[[Any, Callable[[], object]], None]]:

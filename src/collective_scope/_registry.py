@@ -13,6 +13,7 @@ import attrs
 
 from ._cleanups import Cleanup, CleanupStack, describe
 from ._failures import Failures
+from .agreement.rounds import cap
 
 
 P = ParamSpec("P")
@@ -49,7 +50,7 @@ class Registry:
             *fn*, so that it can be used as a decorator.
 
         Raises:
-            TypeError: If *fn* is not callable, or a coroutine function.
+            TypeError: If *fn* is not callable, or a coroutine or generator function.
             RuntimeError: If the scope has been left.
         """
         self._register(self._cleanups, fn, args, kwargs)
@@ -93,7 +94,7 @@ class Registry:
             *fn*, so that it can be used as a decorator.
 
         Raises:
-            TypeError: If *fn* or *fingerprint* is not callable, *fn* is a coroutine function, or *name* is no text.
+            TypeError: If *fn* or *fingerprint* is not callable, *fn* is a coroutine or generator function, or *name* is no text.
             RuntimeError: If the scope has been left, or its last barrier is over.
         """
         if name is not None and not isinstance(name, str):
@@ -132,7 +133,7 @@ class Registry:
             *fn*, so that it can be used as a decorator.
 
         Raises:
-            TypeError: If *fn* is not callable, or a coroutine function.
+            TypeError: If *fn* is not callable, or a coroutine or generator function.
             RuntimeError: If the scope has been left.
         """
         self._register(self._after, fn, args, kwargs, even_if_missing=even_if_missing)
@@ -195,15 +196,15 @@ class Registry:
         if not callable(fn):
             msg = f"a cleanup must be callable (got {fn!r})"
             raise TypeError(msg)
-        if is_coroutine_function(fn):
-            msg = f"a cleanup cannot be a coroutine function (got {describe(fn)}): nobody would await it"
+        if kind := kind_of_function(fn):
+            msg = f"a cleanup cannot be a {kind} function (got {describe(fn)}): calling it would not run it"
             raise TypeError(msg)
         self._refuse_if_left()
         self._look_around()
         frame = sys._getframe(2)  # noqa: SLF001  (documented; what warnings and logging use)
         where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         call = functools.partial(fn, *args, **kwargs) if args or kwargs else fn
-        stack.push(Cleanup(call, name or describe(fn), where, collective, fingerprint, even_if_missing))
+        stack.push(Cleanup(call, cap(name or describe(fn)), where, collective, fingerprint, even_if_missing))
 
     def _look_around(self) -> None:
         """Find the group, if the body has made it in the meantime."""
@@ -214,6 +215,12 @@ class Registry:
             raise RuntimeError(msg)
 
 
-def is_coroutine_function(fn: Callable[..., object]) -> bool:
-    """Whether calling *fn* returns before its body runs, and something to await."""
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+def kind_of_function(fn: Callable[..., object]) -> str:
+    """Return what kind of function *fn* is if calling it returns before its body runs; empty for an ordinary one."""
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "coroutine": inspect.iscoroutinefunction,
+        "async generator": inspect.isasyncgenfunction,
+        "generator": inspect.isgeneratorfunction,
+    }
+    call = getattr(fn, "__call__", None)  # noqa: B004  (of an object that is called like a function)
+    return next((kind for kind, is_one in kinds.items() if is_one(fn) or is_one(call)), "")

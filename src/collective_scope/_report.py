@@ -64,7 +64,7 @@ def peers_failed(verdict: Verdict) -> str:
     lines = [head, *_outcomes(verdict)]
     if verdict.reason:
         lines.append(f"  The wait ended early: {verdict.reason}.")
-    if verdict.stage == "entry":
+    if verdict.stage.startswith("entry"):
         lines.append(f"  {NOT_RUN}")
     if outcome.traceback and not are_skips:
         lines.append(f"  rank {first}, {outcome.phase}:")
@@ -78,7 +78,7 @@ def missing(verdict: Verdict) -> str:
     head = f"{who}{_at(verdict)} after {verdict.timeout:.1f} s"
     lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
     lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}." if verdict.reason else f"  {MISSING_ADVICE}")
-    if verdict.stage == "entry":
+    if verdict.stage.startswith("entry"):
         lines.append(f"  {NOT_RUN} Not every rank has left the scope before it.")
     return "\n".join(lines)
 
@@ -91,7 +91,7 @@ def lost(verdict: Verdict) -> str:
         lines += _places(verdict, verdict.missing, "missing:")
     if verdict.reason:
         lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}.")
-    if verdict.stage == "entry":
+    if verdict.stage.startswith("entry"):
         lines.append(f"  {NOT_RUN}")
     return "\n".join(lines)
 
@@ -100,7 +100,7 @@ def scopes_differ(verdict: Verdict) -> str:
     """Describe ranks that arrived at different scopes."""
     lines = ["ranks arrived at different scopes"]
     lines += _grouped({rank: f"scope {name!r}" for rank, name in verdict.names.items()})
-    if verdict.stage == "entry":
+    if verdict.stage.startswith("entry"):
         lines.append(f"  {NOT_RUN}")
     return "\n".join([*lines, f"  {MISMATCH_ADVICE}"])
 
@@ -161,7 +161,7 @@ def late(what: str, verdict: Verdict, rank: int, seconds: float, said: dict[int,
         seconds: For how long it has lasted.
         said: What was said of each rank before; updated. A rank that is where it was gets a few words.
     """
-    stage = "entry" if verdict.stage == "entry" else "exit"
+    stage = "entry" if verdict.stage.startswith("entry") else "exit"
     ranks = sorted({*verdict.missing, rank}) if what == "working" else list(verdict.missing)
     if what == "working":
         head = f"no rank of {verdict.world_size} has come to the exit of scope {verdict.scope!r} for {seconds:.1f} s"
@@ -201,6 +201,11 @@ def out_of_patience(scope: str, seconds: float, places: Mapping[int, Place], ran
         lines.append(f"  rank {each}{this}: {_place(place)}")
         lines += [f"      {line}" for line in place.frames.splitlines()]
     return "\n".join(lines)
+
+
+def cannot_be_freed(scope: str, reason: str) -> str:
+    """Say why a process is ended that nothing else can free."""
+    return f"scope {scope!r}: {reason}; this process is ended now"
 
 
 def group_is_gone(scope: str, since: str) -> str:
@@ -274,6 +279,8 @@ def is_like_a_consequence(outcome: Outcome) -> bool:
     """Whether a failure reads like one that another rank's has caused."""
     # What a test asserts is about itself, also where it speaks of timeouts.
     words = _CONSEQUENCE.search(f"{outcome.type_name}: {outcome.message}")
+    if "after the group was revoked" in outcome.phase:
+        return True
     return words is not None and outcome.type_name != "AssertionError"
 
 

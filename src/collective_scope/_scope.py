@@ -12,21 +12,23 @@ import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import CodeType, TracebackType
-from typing import Any, Never, ParamSpec, Self, TypeVar
+from typing import Any, Never, ParamSpec, Self, TypeVar, overload
 
 import attrs
 
 from . import _groups, _report
 from ._cleanups import describe
 from ._failures import errors_of
-from ._kill import Killer
-from ._registry import is_coroutine_function
+from ._kill import Killer, end
+from ._registry import kind_of_function
 from ._speaker import Speaker
 from ._teardown import Teardown
 from .agreement.process import Place, me
 from .agreement.records import Outcome
+from .agreement.revocation import Revocation
 from .agreement.rounds import cap, path_of
 from .agreement.watch import Span
+from .exceptions import RevokedInterrupt
 
 
 P = ParamSpec("P")
@@ -39,6 +41,14 @@ __tracebackhide__ = True
 """Where pytest leaves frames out: between the line with the scope and the line that failed, these tell nothing."""
 
 _current: ContextVar[CollectiveScope | None] = ContextVar("collective_scope", default=None)
+
+
+@overload
+def current_scope() -> CollectiveScope: ...
+
+
+@overload
+def current_scope(default: T) -> CollectiveScope | T: ...
 
 
 def current_scope(default: Any = _RAISE) -> Any:
@@ -75,7 +85,6 @@ class CollectiveScope(Teardown):
 
     _is_named: bool
     """Whether the name was given, so that a decorated function does not give its own."""
-    _given: tuple[Callable[[], object], ...]
     _body: CodeType | None = None
     """The code that the body is; that of the caller of ``__enter__`` if not given."""
     _pid: int = attrs.field(default=0, init=False)
@@ -90,7 +99,7 @@ class CollectiveScope(Teardown):
 
     def __del__(self) -> None:
         # Not if the constructor refused an argument.
-        if getattr(self, "_state", "") == "new" and len(self._cleanups) > len(self._given):
+        if getattr(self, "_state", "") == "new" and len(self._cleanups) + len(self._after) > len(self._given):
             text = f"scope {self.name!r} ({self._where}) was never entered; its cleanups did not run"
             warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
@@ -111,9 +120,7 @@ class CollectiveScope(Teardown):
         if isinstance(fn, type):
             msg = f"collective_scope() decorates functions (got the class {describe(fn)}); decorate its methods"
             raise TypeError(msg)
-        if is_coroutine_function(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            is_async = "" if inspect.isgeneratorfunction(fn) else "async "
-            kind = "coroutine" if is_coroutine_function(fn) else f"{is_async}generator"
+        if kind := kind_of_function(fn):
             msg = (
                 f"collective_scope() cannot decorate the {kind} function {describe(fn)}: calling it returns"
                 " before its body runs; use a 'with' block inside it"
@@ -221,14 +228,38 @@ class CollectiveScope(Teardown):
             self._killer = Killer(self._options.kill_after, self._is_waiting, self._explain)
         if (barrier := self._barrier) is not None:
             barrier.join()
-            if self._options.meet_at_entry or not barrier.in_step:
-                self._meet_at_entry(barrier.rank)
+            if self._options.meet_at_entry or not barrier.in_step or self._is_renewal_due():
+                self._meet_at_entry(barrier.rank, "entry")
+        if self._is_renewal_due():
+            self._renew()
         if self._span is not None:
             self._span.enter("in the body of")
         if self._options.lockstep_gc:
             self._gc_was_enabled = gc.isenabled()
             gc.disable()
+        if self._span is not None and self._span.revocation is not None:
+            self._span.revocation.enter_body()
         self._state = "in the body"
+
+    def _is_renewal_due(self) -> bool:
+        return self._membership is not None and self._membership.renewal is not None and self._membership.renewal.is_due
+
+    def _renew(self) -> None:
+        """Make the group, on all ranks; refuse the body on all if one of them cannot."""
+        membership = self._membership
+        assert membership is not None  # noqa: S101  (for the type checker)
+        renewal = membership.renewal
+        assert renewal is not None  # noqa: S101  (for the type checker)
+        if self._span is not None:
+            self._span.stage = "entry 2"
+        failed = len(self._failures.raised)
+        self._guard("making the group", renewal.renew)
+        if self._failures.raised[failed:]:
+            renewal.is_due = True
+        if membership.barrier is not None:
+            self._meet_at_entry(membership.barrier.rank, "entry 2")
+        elif self._failures.raised:
+            raise self._failures.raised[0][1]
 
     def _take_place(self, membership: _groups.Membership) -> None:
         """Find the path of this scope among those on its group."""
@@ -261,9 +292,31 @@ class CollectiveScope(Teardown):
                 options.warn_after,
                 options.heartbeat_timeout,
                 Speaker(self.name, barrier.rank),
+                self._make_revocation(),
                 self._path,
             )
             self._span = barrier.control.spans[id(span)] = span
+
+    def _make_revocation(self) -> Revocation | None:
+        if self._membership is None or self._membership.renewal is None:
+            return None
+        return Revocation(self._membership.renewal, self._thread, RevokedInterrupt, self._give_up)
+
+    @property
+    def group(self) -> Any:
+        """
+        The process group of this scope, or what was given as ``group``.
+
+        Of a `RenewableGroup`, what its ``make`` returned, or else the default group of the moment.
+        """
+        renewal = None if self._membership is None else self._membership.renewal
+        if renewal is None:
+            return self._kept if self._group is None or callable(self._group) else self._group
+        return renewal.value if renewal.value is not None else _groups.default_group()
+
+    def _give_up(self, reason: str) -> None:
+        """End this process: what the group has of it cannot be taken back."""
+        end(_report.cannot_be_freed(self.name, reason))
 
     def _find(self) -> None:
         if self._membership is None and (found := _groups.find(self._group)) is not None:
@@ -274,14 +327,17 @@ class CollectiveScope(Teardown):
         if self._state == "in the body" and self._membership is None and self._group is None:
             self._find()
 
-    def _meet_at_entry(self, rank: int) -> None:
-        """Wait until all ranks have left the scope before; refuse the body on all ranks if one has not."""
-        self.verdict = self._arrive("entry")
-        if not self.verdict.complete:
-            refusal = errors_of(self.verdict, rank)[0]
-            if self.verdict.stage != "entry":
+    def _meet_at_entry(self, rank: int, stage: str) -> None:
+        """Wait until all ranks have come to the entry; refuse the body on all ranks if one has not, or has failed."""
+        self.verdict = verdict = self._arrive(stage)
+        if not verdict.complete or verdict.failures:
+            refusal = self._failures.first or errors_of(verdict, rank)[0]
+            if not verdict.stage.startswith("entry"):
                 refusal.add_note(_report.not_entered(self.name))
-            raise refusal
+            try:
+                raise refusal
+            finally:
+                del refusal  # this frame is in its traceback: no cycle
 
     def _refuse(self, refusal: BaseException) -> None:
         """Leave a scope whose body does not start: clean up what it was given, and attach what that raises."""
@@ -303,29 +359,40 @@ class CollectiveScope(Teardown):
 
     def _begin_exit(self, body_error: BaseException | None) -> None:
         if self._state == "in the body":
+            if self._span is not None and self._span.revocation is not None:
+                self._span.revocation.leave_body()
             self._in_flight = body_error
             self._plan()
             self._state = "in the teardown"
-            self._check_order()
+            self._leave_current()
 
-    def _check_order(self) -> None:
-        """Note a failure if a scope within this one, or around it, has broken the order."""
-        membership = self._membership
+    def _leave_current(self) -> None:
+        """Make the scope around this one the current one; note a failure if the order was broken."""
+        inner: list[CollectiveScope] = []
+        scope = _current.get()
+        while scope is not None and scope is not self:
+            inner.append(scope)
+            scope = scope._parent  # noqa: SLF001  (a scope too)
         if self._is_orphan:
             self._fail("exit", RuntimeError(_report.left_out_of_order(self.name, "after a scope around it")))
-        elif membership is not None and self in membership.open and membership.open[-1] is not self:
-            inner = membership.open[membership.open.index(self) + 1 :]
-            del membership.open[membership.open.index(self) + 1 :]
-            for scope in inner:
-                scope._is_orphan = True  # noqa: SLF001  (a scope too)
-            text = f"before scope {inner[0].name!r}, which was entered within it"
-            self._fail("exit", RuntimeError(_report.left_out_of_order(self.name, text)))
+        if scope is None:
+            return  # another context, such as that of a task
+        if not inner:
+            _current.set(self._parent)
+            return
+        inner[-1]._parent = self._parent  # noqa: SLF001  (a scope too)
+        for each in inner:
+            each._is_orphan = True  # noqa: SLF001  (a scope too)
+            if self._membership is not None and each in self._membership.open:
+                self._membership.open.remove(each)
+        text = f"before scope {inner[-1].name!r}, which was entered within it"
+        self._fail("exit", RuntimeError(_report.left_out_of_order(self.name, text)))
 
     def _end(self) -> None:
         """Take this scope out of everything that knows it."""
         if self._gc_was_enabled:
             gc.enable()
-        if _current.get() is self:
+        if _current.get() is self:  # it was refused at its entry
             _current.set(self._parent)
         if self._parent is not None:
             self._parent._told = self._surfaced  # noqa: SLF001  (a scope too)
@@ -333,7 +400,12 @@ class CollectiveScope(Teardown):
             self._killer.cancel()
         if self._membership is not None and self._membership.open[-1:] == [self]:
             self._membership.open.pop()
+        if self._membership is not None and self._membership.renewal is not None:
+            verdict = self.verdict
+            is_whole = verdict is not None and verdict.complete and not verdict.revoked
+            self._membership.renewal.is_due |= not is_whole
         if (span := self._span) is not None:
+            span.part.revoked.discard(self._path)
             span.control.left, span.is_left = self.name, True
             if span.is_idle:
                 span.control.spans.pop(id(span), None)

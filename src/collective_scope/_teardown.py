@@ -30,6 +30,7 @@ from .agreement.records import Listed, Record, Verdict
 from .agreement.rounds import late_path
 from .agreement.text import shorten, type_name
 from .agreement.watch import Span
+from .exceptions import RevokedInterrupt
 
 
 __tracebackhide__ = True
@@ -64,6 +65,7 @@ class Teardown(Registry):
 
     _group: Any
     _options: Options
+    _given: tuple[Callable[[], object], ...]
 
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _membership: _groups.Membership | None = attrs.field(default=None, init=False)
@@ -85,7 +87,7 @@ class Teardown(Registry):
     _gc_was_enabled: bool = attrs.field(default=False, init=False)
     _steps: list[Callable[[], object]] = attrs.field(factory=list, init=False)
     """What is left to do, the next step last."""
-    _tries: int = attrs.field(default=0, init=False)
+    _tries: dict[str, int] = attrs.field(factory=dict, init=False)
     _in_flight: BaseException | None = attrs.field(default=None, init=False)
     """What the body raised."""
     _number: int = attrs.field(default=1, init=False)
@@ -107,19 +109,17 @@ class Teardown(Registry):
 
     def _tear_down(self) -> None:
         while self._steps:
+            step = self._steps[-1]
             try:
-                while self._steps:
-                    self._steps[-1]()
-                    self._steps.pop()
-                    self._tries = 0
+                step()
+                self._steps.pop()
             except BaseException as error:
                 self._fail("teardown", error)
                 # It says nothing of the step that it met.
-                self._tries += 1
-                if self._tries >= MOST_TRIES:
+                self._tries[step.__name__] = tries = self._tries.get(step.__name__, 0) + 1
+                if tries >= MOST_TRIES:
                     self._steps.pop()
-                    self._tries = 0
-                if self._is_past_barrier and self._steps[-1:] != [self._surface]:
+                if self._is_past_barrier and step != self._surface:
                     self._steps.append(self._surface)  # what surfaces may be another error now
 
     def _plan(self) -> None:
@@ -140,7 +140,7 @@ class Teardown(Registry):
     def _note_body(self) -> None:
         """Tell the peers at once that the body failed, and log it, before anything else."""
         error = self._in_flight
-        if error is not None and self._failures.body is not error:
+        if error is not None and self._failures.body is not error and not isinstance(error, RevokedInterrupt):
             self._failures.body = error
             if all(error is not each for _, each in self._failures.raised):
                 self._fail("body", error)
@@ -267,9 +267,8 @@ class Teardown(Registry):
         self._guard(f"{kind} {cleanup.name!r}", cleanup.run, f" (registered at {cleanup.where})")
 
     def _skip(self, cleanup: Cleanup) -> None:
-        if cleanup not in self._failures.skipped:
-            self._failures.skipped.append(cleanup)
-        cleanup.begun = True
+        # One line: an interrupt comes either before both or after.
+        self._failures.skipped.append(cleanup); cleanup.begun = True  # noqa: E702  # fmt: skip
 
     def _guard(self, phase: str, call: Callable[[], object], place: str = "") -> None:
         """Call; keep what it raises, a KeyboardInterrupt included, so that what comes next is reached."""
@@ -282,14 +281,21 @@ class Teardown(Registry):
 
     def _fail(self, phase: str, error: BaseException) -> None:
         """Note that *error* was raised in *phase*; then tell the peers, if it is the first; then log it."""
+        barrier, span = self._barrier, self._span
+        if span is not None:
+            span.has_failed = True
+            if span.revocation is not None and span.revocation.is_begun:
+                phase = f"{phase}, after the group was revoked"
         self._failures.raised.append((phase, error))
-        barrier = self._barrier
         if barrier is not None and len(self._failures.raised) == 1 and self._path and not self._is_past_barrier:
             barrier.publish(self._record(self._stage))
         # A body that has made the group, and failed, has no barrier yet.
         rank, world_size = _groups.place_in_world() if barrier is None else (barrier.rank, barrier.world_size)
         if error is not self._told:  # what an inner scope raised is in the log already
-            self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size)
+            try:
+                self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size)
+            except BaseException as broken:  # of a handler: it must keep nobody from the barrier
+                self._failures.raised.append(("log", broken))
 
     def _arrive(self, stage: str) -> Verdict:
         is_entry, options, barrier = stage == "entry", self._options, self._barrier
@@ -341,4 +347,8 @@ class Teardown(Registry):
 
 
 def _members(error: BaseException) -> tuple[BaseException, ...]:
-    return error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    try:
+        return error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    except Exception:  # a group of somebody's own making: then its members keep what they refer to
+        logger.debug("the members of a %s cannot be had", type(error).__name__, exc_info=True)
+        return ()

@@ -8,6 +8,8 @@ What a scope raises when the ranks did not leave it together, or not all of them
   + ScopeMismatchError     the ranks are at different scopes
   + CleanupMismatchError   the ranks have different collective cleanups
 
+* RevokedInterrupt         not an error: it ends the body of a rank that was freed because a peer failed
+
 The facts in a message are attributes too; nobody has to parse text. All pickle.
 """
 
@@ -24,6 +26,7 @@ __all__ = [
     "CollectiveScopeError",
     "PeerFailedError",
     "PeerLostError",
+    "RevokedInterrupt",
     "ScopeMismatchError",
 ]
 
@@ -92,6 +95,14 @@ class CleanupMismatchError(CollectiveScopeError):
     def cleanups(self) -> Mapping[int, tuple[tuple[str, str], ...]]:
         """Names and fingerprints of the collective cleanups, by rank, in the order they would run."""
         return self.verdict.cleanups
+
+
+class RevokedInterrupt(BaseException):
+    """
+    Raised in the body of a rank whose group was revoked, if it goes on; its scope then raises `PeerFailedError`.
+
+    Not an ``Exception``: a body that catches those must not go on with wrong values.
+    """
 
 
 # Reports and pytest's summary line show the module; the short path leaves room for the facts.

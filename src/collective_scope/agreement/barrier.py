@@ -15,6 +15,7 @@ from .part import Part, Wait
 from .records import Outcome, Record, Verdict
 from .rounds import all_ok, judge
 from .store_thread import Failed, Job, StoreThread, next_reply
+from .text import one_line, type_name
 
 
 if TYPE_CHECKING:
@@ -191,7 +192,9 @@ class Barrier:
         lost = (server,) if error is not None and server is not None and server != self.rank else ()
         facts = judge({self.rank: record}, record, self.world_size, lost=lost, timeout=waited)
         host = "outside of the group" if server is None else f"by rank {server}"
-        what = f"is gone: {error}" if error else f"has not answered for {silence:.1f} s"
+        what = (
+            f"is gone: {one_line(type_name(error), str(error))}" if error else f"has not answered for {silence:.1f} s"
+        )
         return self._note(attrs.evolve(facts, reason=f"the group's store (served {host}) {what}"), record)
 
 

@@ -171,8 +171,11 @@ class Control:
         return all(span.wait is None or span.wait.over for span in list(self.spans.values()))
 
     def _pause(self) -> float:
-        sizes = [span.part.world_size for span in list(self.spans.values()) if not span.is_idle]
-        return WAITING_S + max(sizes) / 1000 if sizes else IDLE_S
+        spans = list(self.spans.values())
+        sizes = [span.part.world_size for span in spans if not span.is_idle]
+        if sizes:
+            return WAITING_S + max(sizes) / 1000
+        return 2 * WAITING_S if any(span.revocation is not None for span in spans) else IDLE_S
 
     def _look(self, store: Store) -> None:
         fresh = self._read_news(store)
@@ -202,16 +205,17 @@ class Control:
                 if not is_first and now < since + LATE_S:
                     self._late[number] = since
                 continue
-            what, life, *rest = item.decode().split(" ")
+            what, life, *words = item.decode().split(" ")
+            rest = " ".join(words)
             if what == "closing":
                 self._is_closing = self._is_closing or not is_first
             elif what == "asked":
-                self._answer(store, life, " ".join(rest), number)
+                self._answer(store, life, rest, number)
             elif what == "failed":
-                fresh.setdefault(life, set()).add(int(rest[0]))
-            elif what == "lost":
+                fresh.setdefault(life, set()).add(int(rest))
+            else:
                 for part in self._parts(life):
-                    part.lost.add(int(rest[0]))
+                    part.hear(what, rest)
         self._seen = count
         return fresh
 

@@ -23,7 +23,8 @@ Part.life      the store thread, when it joins            all
 Part.told      the store and control threads, under a     the same
                    lock
 Part.records,  the control thread                         the same
-``.lost``
+``.lost``,
+``.revoked``
 Part.items     the store thread: news that it wrote       the control thread
 all other fields   the store thread                           the store thread
 =================  =========================================  =============================
@@ -44,7 +45,18 @@ from torch.distributed import Store, TCPStore
 
 from .process import Place, me
 from .records import Record, Verdict, decode_verdict, encode_verdict
-from .rounds import ARRIVED, REPORT, all_ok, has_all, is_uneventful, judge, relation, scopes_around, still_refused
+from .rounds import (
+    ARRIVED,
+    REPORT,
+    all_ok,
+    has_all,
+    is_revoked,
+    is_uneventful,
+    judge,
+    relation,
+    scopes_around,
+    still_refused,
+)
 from .store_thread import FOREVER, base_of, compare_set, get, peek, set_first
 
 
@@ -111,6 +123,8 @@ class Part:
     told: bytes = attrs.field(default=b"", init=False)
     records: dict[int, Record] = attrs.field(factory=dict, init=False)
     lost: set[int] = attrs.field(factory=set, init=False)
+    revoked: set[str] = attrs.field(factory=set, init=False)
+    """Paths of scopes in which the group was revoked."""
     items: deque[tuple[int, float]] = attrs.field(factory=deque, init=False)
     _view: Store | None = attrs.field(default=None, init=False)
     """The group's own part of the store."""
@@ -199,7 +213,7 @@ class Part:
             self._remove(self._stale, store)  # the first to arrive has time
         self._stale = []
         if has_all(count, self.world_size):
-            text = _OK if is_uneventful(count) else self._judgment(wait, store, all_arrived=True)
+            text = _OK if is_uneventful(count) else self._judgment(wait, store, count)
             text = set_first(store, f"{key}/v", text)
             verdict = all_ok(record, self.world_size) if text == _OK else decode_verdict(text)
         else:
@@ -255,6 +269,9 @@ class Part:
     def _tell(self, record: Record, store: Store) -> None:
         """Write the record of this rank."""
         with self._telling:
+            latest = Record.decode(self.told)
+            if latest is not None and latest.answered > record.answered:  # a question may be open still
+                record = attrs.evolve(record, place=latest.place, answered=latest.answered)
             self.told = record.encode()
             store.set(self.key(f"rank/{self.rank}"), self.told)  # type: ignore[arg-type]  # torch's stub has no bytes
 
@@ -271,6 +288,13 @@ class Part:
             self.heard()
             if record is not None:
                 self.records[rank] = record
+
+    def hear(self, what: str, rest: str) -> None:
+        """Note an item of the news: that a rank is gone, or that the group was revoked in a scope."""
+        if what == "lost":
+            self.lost.add(int(rest))
+        elif what == "revoked":
+            self.revoked.add(rest)
 
     def tell_more(self, store: Store, update: Callable[[Record], Record | None]) -> bool:
         """Replace the record of this rank by what *update* makes of it; return whether that was done."""
@@ -295,20 +319,19 @@ class Part:
             set_first(store, f"{key}/v", store.get(over[0]))
         elif not store.check([f"{key}/v"]):
             count = store.add(f"{key}/n", 0)
-            all_arrived = has_all(count, self.world_size)
-            if all_arrived and is_uneventful(count):
+            if has_all(count, self.world_size) and is_uneventful(count):
                 text = _OK  # the rank that arrived last may be gone
             else:
                 self._await_records(wait.record, count % REPORT, store)
-                text = self._judgment(wait, store, all_arrived=all_arrived, lost=lost, where=where)
+                text = self._judgment(wait, store, count, lost=lost, where=where)
             set_first(store, f"{key}/v", text)
 
     def _judgment(
         self,
         wait: Wait,
         store: Store,
+        count: int,
         *,
-        all_arrived: bool,
         lost: Iterable[int] = (),
         where: Mapping[int, Place] | None = None,
     ) -> bytes:
@@ -316,6 +339,7 @@ class Part:
         records = {rank: record for rank, text in texts.items() if (record := Record.decode(text)) is not None}
         if records.get(self.rank, Record()).round != wait.record.round or wait.reason:
             records[self.rank] = attrs.evolve(wait.record, arrived=wait.counted)
+        all_arrived = has_all(count, self.world_size)
         timeout = 0.0 if all_arrived else time.monotonic() - wait.start
         verdict = judge(
             records,
@@ -326,6 +350,7 @@ class Part:
             where=where,
             timeout=timeout,
             reason=wait.reason,
+            revoked=is_revoked(count),
         )
         return encode_verdict(verdict)
 

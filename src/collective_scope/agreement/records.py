@@ -185,6 +185,8 @@ class Verdict:
 
         pending: Whether collective cleanups were left.
 
+        revoked: Whether the group was revoked, so that ranks which were stuck came back.
+
         global_ranks: What the ranks are called in the default group, if not the same.
     """
 
@@ -203,6 +205,7 @@ class Verdict:
     reason: str = ""
     stage: str = "exit"
     pending: bool = False
+    revoked: bool = False
     global_ranks: tuple[int, ...] = ()
 
     @property
@@ -220,7 +223,7 @@ class Verdict:
     @property
     def ok(self) -> bool:
         """Whether every rank arrived and nothing went wrong anywhere."""
-        return self.complete and not self.cleanups and not self.failures
+        return self.complete and not self.cleanups and not self.failures and not self.revoked
 
     def __repr__(self) -> str:
         return f"<Verdict: {self}>"
@@ -252,21 +255,31 @@ def everyone(world_size: int) -> tuple[int, ...]:
 
 
 def encode_verdict(verdict: Verdict) -> bytes:
-    """Write *verdict* for the store, in at most `VERDICT_LIMIT` bytes: long accounts of failures are shortened."""
-    for limit in (MESSAGE_LIMIT + TRACEBACK_LIMIT, 8_192, 1_024, 64):
-        short = {
-            rank: attrs.evolve(
-                outcome,
-                message=shorten(outcome.message, limit),
-                traceback=shorten(outcome.traceback, limit),
-                also=[shorten(line, limit) for line in outcome.also],
-            )
-            for rank, outcome in verdict.outcomes.items()
+    """Write *verdict* for the store, in at most `VERDICT_LIMIT` bytes: the longer it is, the shorter what is in it."""
+    for limit in (MESSAGE_LIMIT + TRACEBACK_LIMIT, 8_192, 1_024, 64, 0):
+        outcomes = {rank: o if o.ok else _shorten_outcome(o, limit) for rank, o in verdict.outcomes.items()}
+        where = {rank: place for rank, place in verdict.where.items() if limit >= 64 * len(verdict.where) // 16}
+        cleanups = {
+            rank: tuple((name, shorten(shown, limit)) for name, shown in each)
+            for rank, each in verdict.cleanups.items()
         }
-        text = _dump(attrs.asdict(attrs.evolve(verdict, outcomes=short)))
+        short = attrs.evolve(verdict, outcomes={}, where=where, cleanups=cleanups)
+        fields = attrs.asdict(short)
+        # Most ranks are well, and there may be many.
+        fields["outcomes"] = {rank: 0 if outcome.ok else attrs.astuple(outcome) for rank, outcome in outcomes.items()}
+        text = _dump(fields)
         if len(text) <= VERDICT_LIMIT:
             break
     return text
+
+
+def _shorten_outcome(outcome: Outcome, limit: int) -> Outcome:
+    return attrs.evolve(
+        outcome,
+        message=shorten(outcome.message, limit),
+        traceback=shorten(outcome.traceback, limit),
+        also=[shorten(line, limit) for line in outcome.also[: limit // 64]],
+    )
 
 
 def decode_verdict(text: bytes) -> Verdict:
@@ -277,7 +290,7 @@ def decode_verdict(text: bytes) -> Verdict:
         fields[name] = tuple(fields[name])
     for name in ("names", "outside"):
         fields[name] = {int(rank): text for rank, text in fields[name].items()}
-    fields["outcomes"] = {int(rank): Outcome(**o) for rank, o in fields["outcomes"].items()}
+    fields["outcomes"] = {int(rank): Outcome(*o) if o else OK for rank, o in fields["outcomes"].items()}
     fields["where"] = {
         int(rank): Place(**{**place, "process": Process(**place["process"])}) for rank, place in fields["where"].items()
     }

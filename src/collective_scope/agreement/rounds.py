@@ -26,8 +26,14 @@ from .records import OK, Listed, Outcome, Record, Verdict, all_well, everyone
 ARRIVED = 1
 """What a rank adds to the count of a round when it arrives."""
 
-REPORT = 1 << 32
-"""What it adds, once a round, if it has something to tell. 64 bits are enough for two billion ranks."""
+REPORT = 1 << 21
+"""What it adds, once a round, if it has something to tell."""
+
+REVOKED = 1 << 42
+"""What it adds, once a round, if it revokes the group. 64 bits are enough for two million ranks."""
+
+FIRST_EXIT = 1
+"""The place before the first exit barrier, in the order of stages."""
 
 NAME_LIMIT = 200
 """Characters of a name that travel."""
@@ -36,6 +42,11 @@ NAME_LIMIT = 200
 def has_all(count: int, world_size: int) -> bool:
     """Whether *count* is that of a round to which all have come."""
     return count % REPORT == world_size
+
+
+def is_revoked(count: int) -> bool:
+    """Whether a rank has revoked the group."""
+    return count >= REVOKED
 
 
 def is_uneventful(count: int) -> bool:
@@ -113,9 +124,9 @@ def relation(theirs: Record, mine: Record) -> Relation:
     if not theirs.scope:
         return "behind"
     if is_around(theirs.scope, mine.scope):
-        return "around" if _order(theirs.stage) > 0 or not theirs.outcome.ok else "behind"
+        return "around" if _order(theirs.stage) > FIRST_EXIT or not theirs.outcome.ok else "behind"
     if is_around(mine.scope, theirs.scope):
-        return "within"
+        return "within" if _order(mine.stage) > FIRST_EXIT else "elsewhere"
     pairs = zip(theirs.scope.split("/"), mine.scope.split("/"), strict=False)
     theirs_at, mine_at = next((_number(there), _number(here)) for there, here in pairs if there != here)
     return "behind" if theirs_at < mine_at else "elsewhere"
@@ -137,6 +148,7 @@ def judge(
     where: Mapping[int, Place] | None = None,
     timeout: float = 0.0,
     reason: str = "",
+    revoked: bool = False,
 ) -> Verdict:
     """
     Derive the verdict of the round of *mine* from what the ranks told.
@@ -150,6 +162,7 @@ def judge(
         where: Where ranks are that have not arrived.
         timeout: Seconds that the rank that judges has waited.
         reason: Why the wait ends, if not because of what the records show.
+        revoked: Whether the group has been revoked. Then no collective cleanup is agreed on.
     """
     ranks = everyone(world_size)
     here = {rank: r for rank, r in sorted(records.items()) if r.round == mine.round}
@@ -180,11 +193,12 @@ def judge(
         names=dict(sorted(names.items())),
         outside=outside,
         cleanups={rank: tuple((n, s) for n, _, s in each) for rank, each in lists.items()} if differ else {},
-        agreed=agree(lists.values()),
+        agreed=() if revoked else agree(lists.values()),
         timeout=timeout,
         reason=reason,
         stage=mine.stage,
         pending=any(lists.values()),
+        revoked=revoked,
     )
 
 
@@ -223,9 +237,9 @@ def _to_compare(listed: tuple[Listed, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _order(stage: str) -> int:
-    if not stage.startswith("exit"):
-        return 0 if stage == "entry" else -1
-    return int(stage[5:] or 1)
+    if stage.startswith("exit"):
+        return FIRST_EXIT + int(stage[5:] or 1)
+    return {"entry": 0, "entry 2": 1}.get(stage, -1)
 
 
 def _number(component: str) -> tuple[int, float]:

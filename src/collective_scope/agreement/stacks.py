@@ -46,8 +46,8 @@ def _stack(frame: FrameType) -> list[_Step]:
 def _show(stack: list[_Step], body: CodeType | None) -> str:
     # The wrappers of torch and of the standard library say less than the line that called them.
     users = [step for step in stack if not _is_wrapper(step[0].f_code.co_filename)] or stack
-    first = [step for step in users if step[0].f_code is body][-1:]
-    chosen = first + [step for step in users[-2:] if step not in first]
+    last = [number for number, step in enumerate(users) if step[0].f_code is body][-1:]
+    chosen = [users[number] for number in sorted({*last, *range(max(0, len(users) - 2), len(users))})]
     # Not extract_stack(): the steps between are left out.
     return "".join(traceback.format_list(traceback.StackSummary.extract(iter(chosen))))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from types import TracebackType
+
+from .stacks import OURS
 
 
 MESSAGE_LIMIT = 16_384
@@ -27,10 +30,24 @@ def message_of(exc: BaseException) -> str:
         return f"<its str() raised {type_name(broken)}>"
 
 
+def without_frames_of_ours(tb: TracebackType | None) -> TracebackType | None:
+    """Return *tb* without the frames of this library, which tell a user nothing; all of it if there are no others."""
+    steps: list[TracebackType] = []
+    step = tb
+    while step is not None:
+        if not step.tb_frame.f_code.co_filename.startswith(OURS):
+            steps.append(step)
+        step = step.tb_next
+    kept: TracebackType | None = None
+    for step in reversed(steps):
+        kept = TracebackType(kept, step.tb_frame, step.tb_lasti, step.tb_lineno)
+    return kept or tb
+
+
 def traceback_of(exc: BaseException) -> str:
     """Return the formatted traceback of *exc*, or what can be said without it."""
     try:
-        text = "".join(traceback.format_exception(exc))
+        text = "".join(traceback.format_exception(type(exc), exc, without_frames_of_ours(exc.__traceback__)))
     except Exception as broken:
         # An exception may bring notes, causes or members of its own making.
         lines = "".join(traceback.format_tb(exc.__traceback__))

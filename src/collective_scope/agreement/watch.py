@@ -14,7 +14,8 @@ from .barrier import FIRST_LOOK_S
 from .part import ROOT, Part, Wait
 from .process import NOBODY, Place, me
 from .records import Record, Verdict
-from .rounds import REPORT, ends_early, judge, relation
+from .revocation import Revocation
+from .rounds import REPORT, REVOKED, ends_early, has_all, is_around, judge, relation
 from .store_thread import peek
 
 
@@ -34,6 +35,9 @@ STAGGER_S = 0.002
 
 BEATS_S = 3.0
 """How long a rank waits before it looks at the heartbeats of other machines."""
+
+IN_BODY = "in the body of"
+"""The phase in which a rank runs its own program, and may be interrupted."""
 
 What = Literal["waiting", "working", "lost"]
 
@@ -55,6 +59,7 @@ class Span:
         warn_after: Seconds until this rank first speaks of ranks that are late; None if it never does.
         silence: Seconds without a heartbeat after which a rank on another machine counts as lost.
         speak: Called on the control thread when there is something to say.
+        revocation: What frees the rank, if its group can be revoked.
 
     Attributes:
         path: Path of the scope.
@@ -62,6 +67,7 @@ class Span:
         phase: Where the rank is: ``"in the body of"``, ``"at the barrier of"``, ...
         since: When it came there, on the monotonic clock.
         wait: Its wait at the barrier, if it does wait.
+        has_failed: Whether the rank itself has failed.
         is_left: Whether the rank has left the scope, though a wait of it is still to be ended.
     """
 
@@ -73,11 +79,13 @@ class Span:
     warn_after: float | None
     silence: float
     speak: Speak
+    revocation: Revocation | None = None
     path: str = ""
     stage: str = "exit"
     phase: str = ""
     since: float = 0.0
     wait: Wait | None = None
+    has_failed: bool = False
     is_left: bool = False
     # The rest is the control thread's own.
     _matter: float = attrs.field(default=-1.0, init=False)
@@ -110,6 +118,8 @@ class Span:
             self._tell(store, wait)
         self._read(store, wait, failed)
         lost = self._lost(store, now, wait)
+        if self.revocation is not None and not self.is_left:
+            self._free(store, now, self.revocation)
         if wait is not None:
             self._look_at_wait(store, now, wait, lost)
         self._speak_of_lost(lost - self._mourned, now)
@@ -191,6 +201,29 @@ class Span:
         if beat != self._beats.get(rank, (b"", 0.0))[0]:
             self._beats[rank] = (beat, now)
         return now - self._beats[rank][1] > self.silence
+
+    def _free(self, store: Store, now: float, revocation: Revocation) -> None:
+        """Revoke the group if a rank has failed and not all have come; see `Revocation`."""
+        mine, part = self._mine(None), self.part
+        failed = (relation(r, mine) for r in list(part.records.values()) if not r.outcome.ok)
+        if self.has_failed or any(where in ("here", "around") for where in failed):
+            revocation.note_failure(now)
+        if not revocation.is_begun and any(path == self.path or is_around(path, self.path) for path in part.revoked):
+            revocation.begin(now)
+        elif revocation.is_due(now):
+            # Before it is done: a rank that comes after this knows that the group has been revoked.
+            if has_all(store.add(f"{part.key(mine.round)}/n", REVOKED), part.world_size):
+                revocation.postpone()
+            else:
+                self.control.tell(store, f"revoked {part.life} {self.path}")
+                revocation.begin(now)
+        elif revocation.is_begun:
+            spans = list(self.control.spans.values())
+            inner = [s for s in spans[spans.index(self) + 1 :] if s.thread == self.thread]
+            for span in inner:
+                if span.wait is not None and not span.wait.over and not span.wait.reason:
+                    span.wait.reason, span.wait.deadline = "the group around it was revoked", now
+            revocation.look(now, is_free=all(span.phase == IN_BODY for span in (self, *inner)))
 
     def _look_at_wait(self, store: Store, now: float, wait: Wait, lost: set[int]) -> None:
         """End the wait of this rank, and of all, if there is a reason."""

@@ -1,0 +1,129 @@
+"""
+Free a rank that is stuck because a peer failed: revoke the group, then interrupt the body.
+
+The group is revoked when a rank has failed and not all have come to the barrier after a grace. Each
+rank revokes its own end, on a thread of its own, because that may take a second or hang. A body that
+goes on then, with wrong values or waiting for what will not come, is interrupted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import attrs
+
+
+REVOKE_S = 20.0
+"""How long revoking may take; a rank that it takes longer is ended."""
+
+INTERRUPT_S = 0.1
+"""How long a rank that has been freed has to leave the body by itself."""
+
+
+@runtime_checkable
+class Renewal(Protocol):
+    """What a group offers that can be revoked and made again."""
+
+    grace: float
+    is_due: bool
+    value: object
+
+    def revoke(self) -> None:
+        """Make every communicator fail, for this rank and its peers."""
+
+    def renew(self) -> None:
+        """Destroy what there is, and make it anew."""
+
+
+@attrs.define(eq=False)
+class Revocation:
+    """
+    What frees one rank in one scope.
+
+    Args:
+        renewal: The group's own part.
+        thread: Identifier of the thread that runs the body.
+        interrupt: What to raise in it.
+        give_up: Called with a reason if the group cannot be revoked; ends the process.
+
+    Attributes:
+        is_begun: Whether the group is being revoked, or has been.
+    """
+
+    renewal: Renewal
+    thread: int
+    interrupt: type[BaseException]
+    give_up: Callable[[str], object]
+    is_begun: bool = attrs.field(default=False, init=False)
+    _failed_at: float = attrs.field(default=float("inf"), init=False)
+    _begun_at: float = attrs.field(default=0.0, init=False)
+    _done_at: float = attrs.field(default=float("inf"), init=False)
+    _error: BaseException | None = attrs.field(default=None, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _is_in_body: bool = attrs.field(default=False, init=False)
+    _is_interrupted: bool = attrs.field(default=False, init=False)
+
+    # What the rank's thread calls.
+
+    def enter_body(self) -> None:
+        """From now on, the thread may be interrupted."""
+        self._is_in_body = True
+
+    def leave_body(self) -> None:
+        """From now on, the thread may not be interrupted; take back an interrupt that has not come yet."""
+        with self._lock:
+            self._is_in_body = False
+            if self._is_interrupted:
+                _raise_in(self.thread, None)
+
+    # What the control thread calls.
+
+    def note_failure(self, now: float) -> None:
+        """Note that a rank is known to have failed."""
+        self._failed_at = min(self._failed_at, now)
+
+    def is_due(self, now: float) -> bool:
+        """Whether the group is to be revoked, unless all have come to the barrier."""
+        return not self.is_begun and now >= self._failed_at + self.renewal.grace
+
+    def postpone(self) -> None:
+        """Do not revoke: all ranks have come."""
+        self._failed_at = float("inf")
+
+    def begin(self, now: float) -> None:
+        """Revoke this rank's end of the group."""
+        self.is_begun, self._begun_at = True, now
+        threading.Thread(target=self._revoke, name="collective_scope-revoke", daemon=True).start()
+
+    def look(self, now: float, *, is_free: bool) -> None:
+        """
+        Interrupt a body that goes on; give up on a revocation that does not end.
+
+        Args:
+            now: The time, on the monotonic clock.
+            is_free: Whether the thread runs the body itself, and neither a cleanup nor this library.
+        """
+        if self._error is not None or (now > self._begun_at + REVOKE_S and self._done_at > now):
+            why = f"failed: {self._error!r}" if self._error is not None else f"took longer than {REVOKE_S:.0f} s"
+            self.give_up(f"revoking the group {why}")
+            self._done_at = now
+        with self._lock:
+            if is_free and self._is_in_body and not self._is_interrupted and now > self._done_at + INTERRUPT_S:
+                self._is_interrupted = True
+                _raise_in(self.thread, self.interrupt)
+
+    def _revoke(self) -> None:
+        try:
+            self.renewal.revoke()
+        except BaseException as error:  # handed to the control thread
+            self._error = error
+        self._done_at = time.monotonic()
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise *error* in another thread at its next step in Python, or take back one that has not come yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)

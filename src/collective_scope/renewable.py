@@ -1,0 +1,281 @@
+"""
+A group that can be revoked when a rank fails, and made again for the next scope.
+
+A rank that fails before its collectives leaves its peers stuck in theirs. No timeout of a collective
+gives the group back. So the communicators are made to fail on every rank, which frees the peers
+within a second, and are made again, by all ranks together, when the next scope is entered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .agreement.store_thread import base_of
+
+
+Make = Callable[[dist.Store], Any]
+
+DESTROY_S = 30.0
+"""How long destroying the group may take; torch itself has no bound."""
+
+_ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RenewableGroup:
+    """
+    A group of scopes whose communicators are made by *make*, and made again after a failure.
+
+    Use it as ``collective_scope(world)``. The ranks agree over *store*, which is never revoked.
+
+    * The first scope that is entered makes the group, on all ranks together; it is kept as long as
+      scopes succeed, and also after a failure if all ranks come to the exit within *grace*: then no
+      rank is stuck.
+    * Otherwise the group is revoked: a rank that is stuck in a collective comes back within a
+      second, with an error or with wrong values. Its body is interrupted if it goes on, and the
+      scope fails on every rank.
+    * The next scope destroys the old group and makes a new one, on all ranks together.
+
+    Collective:
+        Every rank makes one, and enters the same scopes on it.
+
+    Args:
+        make:
+            Called with a fresh store, on every rank; builds everything that a failed scope may
+            leave unusable: ``dist.init_process_group(..., store=store, ...)``, sub-groups, a
+            mesh, model-parallel state. What it returns is `value`. Default: the default
+            group, with NCCL where there is a GPU for each local rank, and gloo otherwise.
+
+        store:
+            What the ranks meet at. It must outlive every group, and no group may own it.
+            Default: the TCPStore of torchrun's environment; outside of torchrun, rank 0 serves it.
+
+        rank: This rank. Default: the environment's ``RANK``.
+
+        world_size: Number of ranks. Default: the environment's ``WORLD_SIZE``.
+
+        destroy:
+            Takes down what *make* has built. Default: ``dist.destroy_process_group`` of what it
+            returned, if that is a process group other than the default one, or of all groups.
+
+        grace: Seconds from a failure until the group is revoked, if not all ranks have come to the exit.
+
+    Raises:
+        ValueError: If an argument is not given and not in the environment, or makes no sense.
+
+    Attributes:
+        value: What *make* returned last; None before.
+        made: How many times the group has been made.
+    """
+
+    def __init__(
+        self,
+        make: Make | None = None,
+        *,
+        store: dist.Store | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        destroy: Callable[[], object] | None = None,
+        grace: float = 0.5,
+    ) -> None:
+        missing = [name for name, given in zip(_ENV, (rank, world_size, store, store), strict=True) if given is None]
+        absent = [name for name in missing if name not in os.environ]
+        if absent:
+            msg = (
+                f"store, rank and world_size must be given, or be in the environment (which lacks {', '.join(absent)})"
+            )
+            raise ValueError(msg)
+        self.rank = int(os.environ["RANK"]) if rank is None else rank
+        self.world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
+        if not 0 <= self.rank < self.world_size:
+            msg = f"rank must be at least 0 and less than world_size (got {rank!r} of {world_size!r})"
+            raise ValueError(msg)
+        if not 0 <= grace < float("inf"):
+            msg = f"grace must be seconds, at least 0 and finite (got {grace!r})"
+            raise ValueError(msg)
+        self.grace = float(grace)
+        self.store = _store_of_environment(self.rank) if store is None else store
+        self.value: Any = None
+        self.made = 0
+        self.is_due = True
+        """Whether the next scope has to make the group."""
+        self._make = make or self._make_default
+        self._destroy = destroy or self._destroy_default
+        self._attempts = 0
+        self._sockets: dict[int, str] = {}
+        self._before: dict[int, str] = {}
+        self._groups: list[dist.ProcessGroup] = []
+        self._callbacks: list[Callable[[], object]] = []
+        self._exists = self._is_revoked = False
+        self._lock = threading.Lock()
+        """Nothing is made or destroyed while the group is being revoked: torch hangs if it is."""
+
+    def __repr__(self) -> str:
+        return f"<RenewableGroup, rank {self.rank} of {self.world_size}, made {self.made} times>"
+
+    def on_revoke(self, fn: Callable[[], object]) -> None:
+        """
+        Have *fn* called when the group is revoked: for communicators that torch does not know.
+
+        To be called by *make*, each time. *fn* is called on a thread of its own, on every rank, while
+        the rank's own thread may be stuck in that communicator.
+
+        Raises:
+            TypeError: If *fn* is not callable.
+        """
+        if not callable(fn):
+            msg = f"fn must be callable (got {fn!r})"
+            raise TypeError(msg)
+        self._callbacks.append(fn)
+
+    # What the scope calls, on the rank's thread.
+
+    def renew(self) -> None:
+        """Destroy what there is, and make it anew; all ranks do so at the same time."""
+        with self._lock:
+            self._take_down()
+            self._attempts += 1
+            self._is_revoked = False
+            known = set(_all_groups())
+            self._before = _connected_sockets()
+            # A client of its own: its connection can be cut if a peer fails to make its part.
+            store = dist.PrefixStore(f"collective_scope/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]
+            self._exists = True
+            try:
+                self.value = self._make(store)
+            finally:
+                # Without those of the store: NCCL's monitor says at length that it has lost it.
+                self._sockets = _opened_since(self._before, but_to=base_of(self.store))
+                self._groups = [group for group in _all_groups() if group not in known]
+            self.made += 1
+            self.is_due = False
+
+    # What the control thread calls, on a thread of its own.
+
+    def revoke(self) -> None:
+        """Make every communicator of the group fail, for this rank and for its peers."""
+        if not self._lock.acquire(blocking=False):
+            # The rank is making the group, and a peer failed to: let it stop waiting for that one.
+            _cut(_opened_since(self._before))
+            return
+        try:
+            if self._is_revoked or not self._exists:
+                return
+            self._is_revoked = self.is_due = True
+            for callback in self._callbacks:
+                callback()
+            if any(_is_nccl(group) for group in self._groups):
+                self._abort_nccl()
+            _cut(self._sockets)
+        finally:
+            self._lock.release()
+
+    def _abort_nccl(self) -> None:
+        abort = dist.distributed_c10d._abort_process_group  # noqa: SLF001  (torch has no other way)
+        if dist.group.WORLD in self._groups:
+            abort()  # of all groups at once: one after the other, they may wait for each other
+        else:
+            for group in self._groups:
+                if _is_nccl(group):
+                    abort(group)
+
+    def _take_down(self) -> None:
+        if not self._exists:
+            return
+        done = threading.Event()
+        failed: list[BaseException] = []
+
+        def destroy() -> None:
+            try:
+                self._destroy()
+            except BaseException as error:  # handed on below
+                failed.append(error)
+            done.set()
+
+        # On a thread of its own: destroying waits for what is in flight, and torch bounds that by nothing.
+        threading.Thread(target=destroy, name="collective_scope-destroy", daemon=True).start()
+        if not done.wait(DESTROY_S):
+            msg = f"destroying the group took longer than {DESTROY_S:.0f} s"
+            raise TimeoutError(msg)
+        self.value, self._exists = None, False
+        self._groups, self._sockets, self._callbacks = [], {}, []
+        if failed and not self._is_revoked:  # of a group that was revoked, it may be gone already
+            raise failed[0]
+
+    def _make_default(self, store: dist.Store) -> None:
+        has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+            os.environ.get("LOCAL_WORLD_SIZE", self.world_size)
+        )
+        if has_gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
+        backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+
+    def _destroy_default(self) -> None:
+        value, self.value = self.value, None
+        if not dist.is_initialized():
+            return  # an abort has taken it out of torch's books
+        if isinstance(value, dist.ProcessGroup) and value is not dist.group.WORLD:
+            if value in _all_groups():
+                dist.destroy_process_group(value)
+        else:
+            dist.destroy_process_group()
+
+
+def _store_of_environment(rank: int) -> dist.Store:
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=rank == 0 and not by_agent, wait_for_workers=False)
+    return dist.PrefixStore(f"collective_scope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _all_groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []  # noqa: SLF001
+
+
+def _is_nccl(group: dist.ProcessGroup) -> bool:
+    if not dist.is_nccl_available() or not torch.cuda.is_available():
+        return False
+    try:
+        return "nccl" in group._get_backend(torch.device("cuda")).name().lower()  # noqa: SLF001
+    except RuntimeError:
+        return False
+
+
+def _connected_sockets(but_to: dist.Store | None = None) -> dict[int, str]:
+    """Return the connected TCP sockets of this process, but those to a store: what tells each apart, by descriptor."""
+    found, port = {}, getattr(but_to, "port", None)
+    for fd in Path("/proc/self/fd").iterdir() if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+            link = os.readlink(fd)  # noqa: PTH115  (a Path would be made of each)
+            if link.startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(fd.name))) as copy:
+                    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] != port:
+                        found[int(fd.name)] = link
+    return found
+
+
+def _opened_since(before: dict[int, str], but_to: dist.Store | None = None) -> dict[int, str]:
+    return {fd: link for fd, link in _connected_sockets(but_to).items() if before.get(fd) != link}
+
+
+def _cut(sockets: dict[int, str]) -> None:
+    """
+    Cut connections, on this side and the other: whoever waits for them gets an error.
+
+    gloo has no abort that frees a rank which waits, and keeps its connections as long as anything refers to a group.
+    """
+    for fd, link in sockets.items():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(f"/proc/self/fd/{fd}") == link:  # noqa: PTH115  (as above)
+                with socket.socket(fileno=os.dup(fd)) as copy:
+                    copy.shutdown(socket.SHUT_RDWR)
