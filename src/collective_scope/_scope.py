@@ -233,6 +233,7 @@ class CollectiveScope(Teardown):
         if self._is_renewal_due():
             self._renew()
         if self._span is not None:
+            self._span.stage = "exit"
             self._span.enter("in the body of")
         if self._options.lockstep_gc:
             self._gc_was_enabled = gc.isenabled()
@@ -250,16 +251,16 @@ class CollectiveScope(Teardown):
         assert membership is not None  # noqa: S101  (for the type checker)
         renewal = membership.renewal
         assert renewal is not None  # noqa: S101  (for the type checker)
+        self._stage = "entry 2"
         if self._span is not None:
             self._span.stage = "entry 2"
-        failed = len(self._failures.raised)
         self._guard("making the group", renewal.renew)
-        if self._failures.raised[failed:]:
-            renewal.is_due = True
+        renewal.is_due = bool(self._failures.raised)
         if membership.barrier is not None:
             self._meet_at_entry(membership.barrier.rank, "entry 2")
-        elif self._failures.raised:
-            raise self._failures.raised[0][1]
+        elif self._failures.first is not None:
+            raise self._failures.first
+        self._stage = "exit"
 
     def _take_place(self, membership: _groups.Membership) -> None:
         """Find the path of this scope among those on its group."""

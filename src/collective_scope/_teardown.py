@@ -213,7 +213,7 @@ class Teardown(Registry):
             self._mismatch = mismatch = self._mismatch or verdict
             verdict = attrs.evolve(verdict, cleanups=mismatch.cleanups, agreed=mismatch.agreed)
         # One line: whoever sees the verdict sees what may be run.
-        self.verdict, self._agreed = verdict, verdict.agreed if verdict.pending and verdict.complete else None
+        self.verdict, self._agreed = verdict, verdict.agreed if verdict.is_pending else None
 
     def _run_rest(self) -> None:
         """Run what is left and local. What is collective does not run without an agreement."""

@@ -157,7 +157,6 @@ class RenewableGroup:
                 self._sockets = _opened_since(self._before, but_to=base_of(self.store))
                 self._groups = [group for group in _all_groups() if group not in known]
             self.made += 1
-            self.is_due = False
 
     # What the control thread calls, on a thread of its own.
 
@@ -208,6 +207,9 @@ class RenewableGroup:
             raise TimeoutError(msg)
         self.value, self._exists = None, False
         self._groups, self._sockets, self._callbacks = [], {}, []
+        if not dist.is_initialized():
+            # torch counts its groups to name them, and counts one that was not made to the end.
+            dist.distributed_c10d._world.group_count = 0  # noqa: SLF001
         if failed and not self._is_revoked:  # of a group that was revoked, it may be gone already
             raise failed[0]
 

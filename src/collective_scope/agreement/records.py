@@ -214,6 +214,11 @@ class Verdict:
         return len(self.arrived) == self.world_size and not self.reason
 
     @property
+    def is_pending(self) -> bool:
+        """Whether collective cleanups were left, and the ranks can go on to run those that they share."""
+        return self.pending and self.complete and not self.revoked
+
+    @property
     def failures(self) -> dict[int, Outcome]:
         """Outcomes of the ranks on which something went wrong, by rank."""
         if self.outcomes is all_well(self.world_size):

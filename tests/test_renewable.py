@@ -1,0 +1,325 @@
+"""One bad subtest costs one subtest: ranks that are stuck come back, and the next subtest runs in the same processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from collective_scope import (
+    BarrierTimeoutError,
+    CollectiveScopeError,
+    PeerFailedError,
+    RenewableGroup,
+    RevokedInterrupt,
+    collective_scope,
+)
+from tests.carry_on import Event, defects, figures, plan, run, world_of
+from tests.ranks import RankPool, here, values
+
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module", name="run_on")
+def _run_on() -> Iterator[Run]:
+    """Return a way to run a function on a number of ranks without a group, in processes that stay."""
+    pools: dict[int, RankPool] = {}
+
+    def run_on(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        pool = pools.setdefault(world_size, RankPool(world_size, init=False, host="parent"))
+        return values(pool.run(fn, *args, timeout=90.0))
+
+    yield run_on
+    for pool in pools.values():
+        pool.close()
+
+
+def _store(name: str) -> dist.Store:
+    return dist.PrefixStore(name, here().new_store())
+
+
+# Any failures
+
+
+def _carry_on(rank: int, world_size: int, seed: int, count: int, failing: int) -> list[Event]:
+    torch.set_num_threads(1)
+    world = world_of(_store(f"carry-on-{seed}"), rank, world_size)
+    events = run(world, plan(seed, count, failing, world_size))
+    dist.destroy_process_group()
+    return events
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_world_after_any_failures_has_exactly_these_and_right_numbers(
+    world_size: int, run_on: Run, request: pytest.FixtureRequest
+) -> None:
+    """Of twenty subtests, the eight that fail on one rank fail on every rank, with the cause; the others are right."""
+    seed = world_size + 100 * hash(request.node.name)
+    failures = plan(seed, 20, 8, world_size)
+
+    events = run_on(world_size, _carry_on, seed, 20, 8)
+
+    assert [] == defects(failures, events)
+    measured = figures(failures, events, grace=0.5)
+    print(f"{world_size} ranks: {measured}")
+    assert max(measured.freed) < 0.3 + 5.0
+    assert max(measured.next_body) < 0.5 + 5.0
+    # A failure after the last collective strands nobody, and costs no renewal.
+    assert 1 + sum(failure.how not in ("", "after") for failure in failures[:-1]) == measured.renewals
+
+
+# Kinds of groups
+
+
+def _sum_of_ranks(group: Any = None) -> float:
+    value = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(value, group=group)
+    return float(value.item())
+
+
+def _in_scopes(world: RenewableGroup, bodies: list[Callable[[], Any]], **options: Any) -> list[tuple[str, Any]]:
+    """Run each body in a scope; return what it raised, or returned."""
+    seen: list[tuple[str, Any]] = []
+    for number, body in enumerate(bodies):
+        result: Any = None
+        try:
+            with collective_scope(world, name=f"scope-{number}", timeout=30, failure_timeout=30, **options):
+                result = body()
+        except Exception as error:  # noqa: BLE001  (what surfaces is what is tested)
+            seen.append((type(error).__name__, str(error).splitlines()[0]))
+        else:
+            seen.append(("", result))
+    return seen
+
+
+def _fail_on(rank: int, failing: int, then: Callable[[], Any]) -> Callable[[], Any]:
+    def body() -> Any:
+        if rank == failing:
+            msg = "before its collectives"
+            raise ValueError(msg)
+        return then()
+
+    return body
+
+
+def _default_only(rank: int, world_size: int) -> Any:
+    world = RenewableGroup(store=_store("default"), rank=rank, world_size=world_size)
+    seen = _in_scopes(world, [_sum_of_ranks, _fail_on(rank, 1, _sum_of_ranks), _sum_of_ranks])
+    dist.destroy_process_group()
+    return seen, world.made
+
+
+def _mesh(rank: int, world_size: int) -> Any:
+    def make(store: dist.Store) -> Any:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        return dist.init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+
+    world = RenewableGroup(make, store=_store("mesh"), rank=rank, world_size=world_size)
+
+    def work() -> float:
+        return _sum_of_ranks(world.value.get_group("tp"))
+
+    seen = _in_scopes(world, [work, _fail_on(rank, 0, work), work])
+    dist.destroy_process_group()
+    return seen, world.made
+
+
+def _sub_group_only(rank: int, world_size: int) -> Any:
+    dist.init_process_group("gloo", store=_store("stays"), rank=rank, world_size=world_size)
+    default = dist.group.WORLD
+    world = RenewableGroup(
+        lambda _: dist.new_group(list(range(world_size))), store=_store("sub"), rank=rank, world_size=world_size
+    )
+    seen = _in_scopes(
+        world,
+        [
+            lambda: _sum_of_ranks(world.value),
+            _fail_on(rank, 1, lambda: _sum_of_ranks(world.value)),
+            lambda: [_sum_of_ranks(world.value), _sum_of_ranks(), dist.group.WORLD is default],
+        ],
+    )
+    del default
+    dist.destroy_process_group()
+    return seen, world.made
+
+
+@pytest.mark.parametrize(
+    ("program", "failing", "last"),
+    [
+        pytest.param(_default_only, 1, 1.0, id="default-group"),
+        pytest.param(_mesh, 0, 1.0, id="device-mesh"),
+        pytest.param(_sub_group_only, 1, [1.0, 1.0, True], id="sub-group-only"),
+    ],
+)
+def test_world_of_each_kind_is_made_again_after_a_failure(
+    program: Callable[..., Any], failing: int, last: Any, run_on: Run
+) -> None:
+    """What `make` built is destroyed and built again, whatever it is; the rest stays."""
+    results = run_on(2, program)
+
+    for rank, (seen, made) in enumerate(results):
+        assert 2 == made
+        assert [("", 1.0), ("", last)] == [tuple(seen[0]), tuple(seen[2])]
+        assert seen[1][0] == ("ValueError" if rank == failing else "RuntimeError")
+
+
+def _make_fails_once(rank: int, world_size: int) -> Any:
+    attempts = []
+
+    def make(store: dist.Store) -> None:
+        attempts.append(1)
+        if rank == 1 and len(attempts) == 1:
+            msg = "no memory for the group"
+            raise MemoryError(msg)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+
+    world = RenewableGroup(make, store=_store("fails once"), rank=rank, world_size=world_size)
+    seen = _in_scopes(world, [_sum_of_ranks, _sum_of_ranks])
+    dist.destroy_process_group()
+    return seen, len(attempts)
+
+
+def test_world_whose_make_fails_on_one_rank_is_tried_again_at_the_next_scope(run_on: Run) -> None:
+    """All ranks refuse the body and say why, also those that were waiting for the failed one; the next scope works."""
+    results = run_on(2, _make_fails_once)
+
+    for rank, (seen, attempts) in enumerate(results):
+        assert 2 == attempts
+        assert ("", 1.0) == tuple(seen[1])
+        assert seen[0][0] in (
+            ("MemoryError",) if rank == 1 else ("PeerFailedError", "DistNetworkError", "RuntimeError")
+        )
+
+
+def _interrupted_body(rank: int, world_size: int) -> Any:
+    world = RenewableGroup(store=_store("interrupted"), rank=rank, world_size=world_size)
+    seen: list[str] = []
+
+    def wait_for_ever() -> None:
+        try:
+            while True:
+                pass
+        except Exception:  # noqa: BLE001  (must not be what ends it)
+            seen.append("Exception")
+        except BaseException as interrupt:
+            seen.append(type(interrupt).__name__)
+            raise
+        finally:
+            seen.append("finally")
+
+    surfaced = _in_scopes(world, [_fail_on(rank, 1, wait_for_ever), _sum_of_ranks])
+    dist.destroy_process_group()
+    return seen, surfaced
+
+
+def test_world_interrupts_a_body_that_goes_on(run_on: Run) -> None:
+    """A body that computes for ever is ended by an interrupt that `except Exception` does not catch."""
+    (seen, surfaced), (_, failed) = run_on(2, _interrupted_body)
+
+    assert [RevokedInterrupt.__name__, "finally"] == seen
+    assert "PeerFailedError" == surfaced[0][0]
+    assert "before its collectives" in surfaced[0][1]
+    assert "ValueError" == failed[0][0]
+    assert ("", 1.0) == tuple(surfaced[1]) == tuple(failed[1])
+
+
+def _nested_wait(rank: int, world_size: int) -> Any:
+    world = RenewableGroup(store=_store("nested"), rank=rank, world_size=world_size)
+
+    def body() -> None:
+        if rank == 1:
+            msg = "before the inner scope"
+            raise ValueError(msg)
+        with collective_scope(None, name="inner, on the default group", timeout=30, failure_timeout=30):
+            pass
+
+    seen = _in_scopes(world, [body, _sum_of_ranks])
+    dist.destroy_process_group()
+    return seen
+
+
+def test_world_frees_a_rank_that_waits_in_a_scope_of_another_group(run_on: Run) -> None:
+    """A rank that waits at an inner scope on a group of the world's own is not left there when that is revoked."""
+    waiting, failed = run_on(2, _nested_wait)
+
+    assert "ValueError" == failed[0][0]
+    assert waiting[0][0]
+    assert ("", 1.0) == tuple(waiting[1]) == tuple(failed[1])
+
+
+def _quarantine(rank: int, world_size: int) -> Any:
+    world = RenewableGroup(store=_store("quarantine"), rank=rank, world_size=world_size)
+    ran: list[str] = []
+    try:
+        with collective_scope(world, name="revoked", timeout=30, failure_timeout=30) as scope:
+            scope.collective_cleanup(ran.append, "collective", name="c")
+            scope.cleanup(ran.append, "local")
+            if rank == 1:
+                msg = "before its collectives"
+                raise ValueError(msg)
+            _sum_of_ranks()
+    except Exception as error:  # noqa: BLE001  (what surfaces is what is tested)
+        notes = error.__notes__
+    with collective_scope(world, name="next", timeout=30):
+        pass
+    dist.destroy_process_group()
+    assert scope.verdict is not None
+    return ran, scope.verdict.revoked, any("Not run" in note for note in notes)
+
+
+def test_world_that_was_revoked_runs_no_collective_cleanup(run_on: Run) -> None:
+    """On a group that does not work any more no collective runs; what is local does."""
+    assert [(["local"], True, True)] * 2 == run_on(2, _quarantine)
+
+
+def _missing(rank: int, world_size: int) -> Any:
+    world = RenewableGroup(store=_store("missing"), rank=rank, world_size=world_size)
+    here().announce(f"ready-{rank}")
+    seen: list[str] = []
+    for number in range(2):
+        try:
+            with collective_scope(world, name=f"scope-{number}", timeout=30, failure_timeout=1):
+                if number == 0 and rank == 1:
+                    here().wait_for("refused")
+        except CollectiveScopeError as error:
+            seen.append(f"{type(error).__name__} {getattr(error, 'missing', '')}")
+        else:
+            seen.append("")
+    if rank == 0:
+        here().announce("refused")
+    return seen
+
+
+def test_renewable_group_arguments_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each message states the rule and the value, before anything was changed."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    store = dist.HashStore()
+
+    with pytest.raises(ValueError, match=r"which lacks RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        RenewableGroup()
+    with pytest.raises(ValueError, match=r"^rank must be at least 0 and less than world_size \(got 2 of 2\)$"):
+        RenewableGroup(store=store, rank=2, world_size=2)
+    with pytest.raises(ValueError, match=r"^grace must be seconds, at least 0 and finite \(got -1\)$"):
+        RenewableGroup(store=store, rank=0, world_size=2, grace=-1)
+    with pytest.raises(TypeError, match=r"^fn must be callable \(got 3\)$"):
+        RenewableGroup(store=store, rank=0, world_size=2).on_revoke(3)  # type: ignore[arg-type]
+
+
+def test_renewable_group_of_one_rank_is_made_at_the_first_scope() -> None:
+    """A world of one has no peers, and a group all the same."""
+    made: list[int] = []
+    world = RenewableGroup(lambda _: made.append(1), store=dist.HashStore(), rank=0, world_size=1, destroy=made.clear)
+
+    for _ in range(2):
+        with collective_scope(world, name="alone") as scope:
+            assert [1] == made
+    assert scope.verdict is not None
+    assert scope.verdict.ok
+
+
+_ = (BarrierTimeoutError, PeerFailedError)
