@@ -13,9 +13,9 @@ import torch.distributed as dist
 from collective_scope import RenewableGroup, collective_scope
 
 
-How = Literal["", "before", "between", "after", "loop", "poll"]
+How = Literal["", "before", "between", "after", "loop", "queue", "poll"]
 
-HOWS: tuple[How, ...] = ("before", "between", "after", "loop", "poll")
+HOWS: tuple[How, ...] = ("before", "between", "after", "loop", "queue", "poll")
 
 TIMEOUT_S = 60.0
 
@@ -27,7 +27,8 @@ class Failure:
 
     Attributes:
         how: Where the failing rank raises: before, between or after its collectives; or before
-            them, while its peers loop over collectives, or poll a tensor.
+            them, while its peers loop over collectives, put them into the device's queue without
+            waiting for any, or poll something.
         rank: Which one.
     """
 
@@ -63,7 +64,7 @@ class Event:
 
 def plan(seed: int, count: int, failing: int, world_size: int) -> list[Failure]:
     """Return what goes wrong in each of *count* subtests, the same for the same *seed*."""
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311  (nobody has to be kept from guessing)
     chosen = generator.sample(range(count), failing)
     return [
         Failure(generator.choice(HOWS), generator.randrange(world_size)) if number in chosen else Failure()
@@ -84,7 +85,7 @@ def world_of(store: dist.Store, rank: int, world_size: int, **options: Any) -> R
         return group
 
     def destroy() -> None:
-        if dist.is_initialized():
+        if dist.is_initialized():  # an abort has taken it out of torch's books
             dist.destroy_process_group()
 
     return RenewableGroup(make, store=store, rank=rank, world_size=world_size, destroy=destroy, **options)
@@ -127,9 +128,13 @@ def _body(world: RenewableGroup, group: Any, value: torch.Tensor, failure: Failu
         raise ValueError(msg)
 
     fails = world.rank == failure.rank
-    if fails and failure.how in ("before", "loop", "poll"):
+    if fails and failure.how in ("before", "loop", "queue", "poll"):
         fail()
     while failure.how == "loop":
+        copy = value.clone()
+        dist.all_reduce(copy, group=group)
+        copy.sum().item()
+    while failure.how == "queue":
         dist.all_reduce(value.clone(), group=group)
     while failure.how == "poll":
         time.sleep(0.001)  # what a body does that waits for a flag

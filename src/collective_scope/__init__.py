@@ -14,7 +14,6 @@ Start with ``help(collective_scope.collective_scope)``. The errors are in ``coll
 
 from __future__ import annotations
 
-from importlib.metadata import version as _version
 from typing import get_type_hints as _get_type_hints
 
 from . import exceptions
@@ -62,7 +61,7 @@ __all__ = [
     "exceptions",
 ]
 
-__version__ = _version("collective_scope")
+__version__ = "0.2.0"
 
 for _public in (CollectiveScope, Outcome, RenewableGroup, Verdict, collective_scope, current_scope):
     # get_type_hints() looks names up in the module, so they are looked up before that changes.

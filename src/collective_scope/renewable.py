@@ -137,6 +137,20 @@ class RenewableGroup:
             raise TypeError(msg)
         self._callbacks.append(fn)
 
+    def destroy(self) -> None:
+        """
+        Take down what there is, when no scope needs it any more; there may be nothing.
+
+        Collective:
+            Every rank does so at the same time.
+
+        Raises:
+            TimeoutError: If it takes longer than `DESTROY_S` seconds.
+        """
+        with self._lock:
+            self._take_down()
+        self.is_due = True
+
     # What the scope calls, on the rank's thread.
 
     def renew(self) -> None:
@@ -145,6 +159,8 @@ class RenewableGroup:
             self._take_down()
             self._attempts += 1
             self._is_revoked = False
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises if the device is not usable any more
             known = set(_all_groups())
             self._before = _connected_sockets()
             # A client of its own: its connection can be cut if a peer fails to make its part.
@@ -158,34 +174,44 @@ class RenewableGroup:
                 self._groups = [group for group in _all_groups() if group not in known]
             self.made += 1
 
-    # What the control thread calls, on a thread of its own.
+    # What the control thread calls; `revoke` on a thread of its own.
 
-    def revoke(self) -> None:
-        """Make every communicator of the group fail, for this rank and for its peers."""
+    @property
+    def interrupts_first(self) -> bool:
+        """Whether a body is interrupted before the group is revoked: where that frees what kernels work on."""
+        return any(_is_nccl(group) for group in self._groups)
+
+    def revoke(self, *, is_at_work: bool) -> None:
+        """
+        Make every communicator of the group fail, for this rank and for its peers.
+
+        Args:
+            is_at_work: Whether this rank may have work in flight. Only such a rank aborts its NCCL
+                communicators now: an abort frees memory that a peer's kernel may still be reading.
+        """
         if not self._lock.acquire(blocking=False):
             # The rank is making the group, and a peer failed to: let it stop waiting for that one.
             _cut(_opened_since(self._before))
             return
         try:
-            if self._is_revoked or not self._exists:
-                return
-            self._is_revoked = self.is_due = True
-            for callback in self._callbacks:
-                callback()
-            if any(_is_nccl(group) for group in self._groups):
-                self._abort_nccl()
-            _cut(self._sockets)
+            if self._exists and not self._is_revoked:
+                self._is_revoked = self.is_due = True
+                for callback in self._callbacks:
+                    callback()
+                if is_at_work:
+                    self._abort_nccl()
+                _cut(self._sockets)
         finally:
             self._lock.release()
 
     def _abort_nccl(self) -> None:
+        groups = [group for group in self._groups if group in _all_groups() and _is_nccl(group)]
         abort = dist.distributed_c10d._abort_process_group  # noqa: SLF001  (torch has no other way)
-        if dist.group.WORLD in self._groups:
+        if dist.group.WORLD in groups:
             abort()  # of all groups at once: one after the other, they may wait for each other
         else:
-            for group in self._groups:
-                if _is_nccl(group):
-                    abort(group)
+            for group in groups:
+                abort(group)
 
     def _take_down(self) -> None:
         if not self._exists:
@@ -195,6 +221,8 @@ class RenewableGroup:
 
         def destroy() -> None:
             try:
+                if self._is_revoked:
+                    self._abort_nccl()
                 self._destroy()
             except BaseException as error:  # handed on below
                 failed.append(error)

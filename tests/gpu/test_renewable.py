@@ -17,7 +17,7 @@ GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs (here are {GPUS})")
 
 
-@pytest.fixture(scope="module", name="pool")
+@pytest.fixture(name="pool")
 def _pool() -> Any:
     with RankPool(GPUS, init=False, host="parent") as pool:
         yield pool
@@ -28,7 +28,7 @@ def _carry_on(rank: int, world_size: int, seed: int) -> list[Event]:
     store = dist.PrefixStore(f"carry-on-{seed}", here().new_store())
     world = world_of(store, rank, world_size)
     events = run(world, plan(seed, 20, 8, world_size))
-    dist.destroy_process_group()
+    world.destroy()
     return events
 
 

@@ -31,9 +31,10 @@ class Renewal(Protocol):
     grace: float
     is_due: bool
     value: object
+    interrupts_first: bool
 
-    def revoke(self) -> None:
-        """Make every communicator fail, for this rank and its peers."""
+    def revoke(self, *, is_at_work: bool) -> None:
+        """Make every communicator fail, for this rank, which may have work in flight, and its peers."""
 
     def renew(self) -> None:
         """Destroy what there is, and make it anew."""
@@ -94,10 +95,23 @@ class Revocation:
         """Do not revoke: all ranks have come."""
         self._failed_at = float("inf")
 
-    def begin(self, now: float) -> None:
-        """Revoke this rank's end of the group."""
+    def begin(self, now: float, *, is_at_work: bool, is_free: bool) -> None:
+        """
+        Revoke this rank's end of the group.
+
+        Args:
+            now: The time, on the monotonic clock.
+            is_at_work: Whether the rank has not come to the barrier.
+            is_free: As for `look`.
+        """
         self.is_begun, self._begun_at = True, now
-        threading.Thread(target=self._revoke, name="collective_scope-revoke", daemon=True).start()
+        pause = 0.0
+        if is_at_work and self.renewal.interrupts_first:
+            # A body that goes on to start kernels while a communicator is aborted starts them on freed memory.
+            self._interrupt(is_free=is_free)
+            pause = INTERRUPT_S
+        args = (pause, is_at_work)
+        threading.Thread(target=self._revoke, args=args, name="collective_scope-revoke", daemon=True).start()
 
     def look(self, now: float, *, is_free: bool) -> None:
         """
@@ -111,14 +125,19 @@ class Revocation:
             why = f"failed: {self._error!r}" if self._error is not None else f"took longer than {REVOKE_S:.0f} s"
             self.give_up(f"revoking the group {why}")
             self._done_at = now
+        if now > self._done_at + INTERRUPT_S:
+            self._interrupt(is_free=is_free)
+
+    def _interrupt(self, *, is_free: bool) -> None:
         with self._lock:
-            if is_free and self._is_in_body and not self._is_interrupted and now > self._done_at + INTERRUPT_S:
+            if is_free and self._is_in_body and not self._is_interrupted:
                 self._is_interrupted = True
                 _raise_in(self.thread, self.interrupt)
 
-    def _revoke(self) -> None:
+    def _revoke(self, pause: float, is_at_work: bool) -> None:  # noqa: FBT001  (passed on by position)
+        time.sleep(pause)
         try:
-            self.renewal.revoke()
+            self.renewal.revoke(is_at_work=is_at_work)
         except BaseException as error:  # handed to the control thread
             self._error = error
         self._done_at = time.monotonic()

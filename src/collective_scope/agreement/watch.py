@@ -208,22 +208,24 @@ class Span:
         failed = (relation(r, mine) for r in list(part.records.values()) if not r.outcome.ok)
         if self.has_failed or any(where in ("here", "around") for where in failed):
             revocation.note_failure(now)
-        if not revocation.is_begun and any(path == self.path or is_around(path, self.path) for path in part.revoked):
-            revocation.begin(now)
+        is_told = any(path == self.path or is_around(path, self.path) for path in part.revoked)
+        spans = list(self.control.spans.values())
+        inner = [s for s in spans[spans.index(self) + 1 :] if s.thread == self.thread]
+        is_free = all(span.phase == IN_BODY for span in (self, *inner))
+        if revocation.is_begun:
+            for span in inner:
+                if span.wait is not None and not span.wait.over and not span.wait.reason:
+                    span.wait.reason, span.wait.deadline = "the group around it was revoked", now
+            revocation.look(now, is_free=is_free)
+        elif is_told:
+            revocation.begin(now, is_at_work=self.is_idle, is_free=is_free)
         elif revocation.is_due(now):
             # Before it is done: a rank that comes after this knows that the group has been revoked.
             if has_all(store.add(f"{part.key(mine.round)}/n", REVOKED), part.world_size):
                 revocation.postpone()
             else:
                 self.control.tell(store, f"revoked {part.life} {self.path}")
-                revocation.begin(now)
-        elif revocation.is_begun:
-            spans = list(self.control.spans.values())
-            inner = [s for s in spans[spans.index(self) + 1 :] if s.thread == self.thread]
-            for span in inner:
-                if span.wait is not None and not span.wait.over and not span.wait.reason:
-                    span.wait.reason, span.wait.deadline = "the group around it was revoked", now
-            revocation.look(now, is_free=all(span.phase == IN_BODY for span in (self, *inner)))
+                revocation.begin(now, is_at_work=self.is_idle, is_free=is_free)
 
     def _look_at_wait(self, store: Store, now: float, wait: Wait, lost: set[int]) -> None:
         """End the wait of this rank, and of all, if there is a reason."""
