@@ -17,6 +17,7 @@ from collective_scope import (
     Outcome,
     PeerFailedError,
     PeerLostError,
+    RevokedInterrupt,
     ScopeMismatchError,
     Verdict,
     exceptions,
@@ -63,7 +64,7 @@ def test_exception_docstring_says_when_it_is_raised(cls: type[CollectiveScopeErr
 
 def test_exceptions_all_lists_the_whole_tree() -> None:
     """The module exports its classes, no more and no less."""
-    assert exceptions.__all__ == sorted(cls.__name__ for cls in [CollectiveScopeError, *_CLASSES])
+    assert exceptions.__all__ == sorted(cls.__name__ for cls in [CollectiveScopeError, RevokedInterrupt, *_CLASSES])
 
 
 @pytest.mark.parametrize(

@@ -457,18 +457,18 @@ def test_collective_cleanup_that_a_peer_lacks_is_kept_alive_for_ever() -> None:
 
 
 @pytest.mark.parametrize(
-    ("register", "lives"),
+    ("register", "lives", "is_named"),
     [
-        pytest.param(lambda scope, thing: scope.hold(thing), True, id="hold"),
-        pytest.param(lambda scope, thing: scope.after_barrier(thing.method), True, id="after_barrier"),
+        pytest.param(lambda scope, thing: scope.hold(thing), True, False, id="hold"),
+        pytest.param(lambda scope, thing: scope.after_barrier(thing.method), True, True, id="after_barrier"),
         pytest.param(
-            lambda scope, thing: scope.after_barrier(thing.method, even_if_missing=True), False, id="even_if_missing"
+            lambda scope, thing: scope.after_barrier(thing.method, even_if_missing=True), False, False, id="anyway"
         ),
-        pytest.param(lambda scope, thing: scope.cleanup(thing.method), False, id="cleanup"),
+        pytest.param(lambda scope, thing: scope.cleanup(thing.method), False, False, id="cleanup"),
     ],
 )
 def test_scope_with_a_missing_rank_keeps_what_that_may_still_use(
-    register: Callable[[CollectiveScope, _Thing], object], *, lives: bool
+    register: Callable[[CollectiveScope, _Thing], object], *, lives: bool, is_named: bool
 ) -> None:
     """A rank that gives up on its peer frees nothing that was to wait for that; what is skipped is named."""
 
@@ -483,9 +483,7 @@ def test_scope_with_a_missing_rank_keeps_what_that_may_still_use(
 
     assert lives == (not died)
     assert "rank 1 of 2 missing" in text
-    assert ("cleanup '_Thing.method' (registered at " in text) == (
-        register.__code__.co_names == ("after_barrier", "method") and lives
-    )  # type: ignore[attr-defined]
+    assert is_named == ("cleanup '_Thing.method' (registered at " in text)
 
 
 def test_scope_to_which_all_came_lets_go_and_runs_what_is_for_after_the_barrier() -> None:
@@ -1130,19 +1128,18 @@ def test_scope_that_a_forked_child_unwinds_through_is_its_parents() -> None:
     def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[str, list[str], bool]:
         calls: list[str] = []
         text = ""
-        with collective_scope(group) as scope:
+        with collective_scope(group, timeout=5.0) as scope:
             scope.cleanup(calls.append, "cleanup")
 
             def unwind() -> str:
-                with pytest.raises(_BodyError, match="in the child"):
-                    scope.__exit__(_BodyError, error := _BodyError("in the child"), None) or _raise(error)
-                return f"{calls} {scope.verdict}"
+                is_suppressed = scope.__exit__(_BodyError, _BodyError(), None)  # as the end of the block calls it
+                return f"{is_suppressed} {calls} {scope.verdict}"
 
             if rank == 0:
                 text = in_a_fork(unwind)
         return text, calls, _verdict(scope).ok
 
-    assert [("[] None", ["cleanup"], True), ("", ["cleanup"], True)] == meet(2, run)
+    assert [("None [] None", ["cleanup"], True), ("", ["cleanup"], True)] == meet(2, run)
 
 
 # No cycles

@@ -18,6 +18,7 @@ from typing import get_type_hints as _get_type_hints
 
 from . import exceptions
 from ._api import collective_scope
+from ._renewable import RenewableGroup
 from ._scope import CollectiveScope, current_scope
 from .agreement.records import Outcome, Verdict
 from .exceptions import (
@@ -29,13 +30,12 @@ from .exceptions import (
     RevokedInterrupt,
     ScopeMismatchError,
 )
-from .renewable import RenewableGroup
 
 
 # How the files hang together, each importing only from those below it:
 #
 #   _api                    the function that users call, and what it accepts
-#   renewable               a group that can be revoked, and made again
+#   _renewable              a group that can be revoked, and made again
 #   _scope, _teardown       the life of a scope: entry, decorator; the steps of the exit
 #   _registry, _failures    what a body registers; what went wrong here, and what surfaces
 #   _speaker, _report       what is said in the log while ranks are late; every sentence that a user reads

@@ -91,12 +91,12 @@ class CleanupStack:
         counts: dict[str, int] = {}
         for cleanup in self._waiting:
             if cleanup.collective and not cleanup.begun:
-                key, count = cleanup.name, counts.get(cleanup.name, 0) + 1
-                while key in named:  # for ever longer: one may be called "free #2"
-                    count = max(2, count)
-                    key, count = f"{cleanup.name} #{count}", count + 1
-                counts[cleanup.name] = count
-                named[key] = cleanup
+                count = counts.get(cleanup.name, 0) + 1
+                key = cleanup.name if count == 1 else f"{cleanup.name} #{count}"
+                while key in named:  # one may be called "free #2"
+                    count += 1
+                    key = f"{cleanup.name} #{count}"
+                counts[cleanup.name], named[key] = count, cleanup
         return dict(reversed(named.items()))
 
     def clear(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import unittest
 from collections.abc import Iterable
+from typing import Any
 
 import attrs
 
@@ -72,8 +74,11 @@ class Failures:
             exc_info = (type(error), error, without_frames_of_ours(error.__traceback__))
             logger.log(level, "%s", text, exc_info=exc_info, extra={"rank": rank, "scope": scope, "phase": phase})
         except Exception as broken:
-            # A handler that raises must not be silent.
-            error.add_note(f"This could not be logged: {type_name(broken)}: {message_of(broken)}")
+            # A handler that raises must not be silent, nor keep the rank from the barrier.
+            try:
+                error.add_note(f"This could not be logged: {type_name(broken)}: {message_of(broken)}")
+            except Exception:  # an exception class may forbid notes
+                self.raised.append(("log", broken))
 
     def surface(self, scope: str, verdict: Verdict | None, rank: int) -> BaseException | None:
         """
@@ -115,28 +120,28 @@ class Failures:
     ) -> None:
         """Attach *rest*, by default all that was raised here, to what surfaces: as notes and as an attribute."""
         rest = list(self.raised if rest is None else rest)
-        texts: list[str] = []
+        # A failure that leaves many scopes finds its own echo from the peers at each: told in full once.
+        earlier, notes = _attribute(primary, "collective_scope_errors"), _attribute(primary, "__notes__")
+        echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
+        texts = [
+            _report.attached(error, phase, in_full=not (earlier or isinstance(error, echoes))) for phase, error in rest
+        ]
+        if self.skipped:
+            texts.append(_report.skipped(self.skipped))
+        texts = [text for text in texts if text not in notes][: max(0, MOST_LINES - len(notes))]
         try:
-            # A failure that leaves many scopes finds its own echo from the peers at each: told in full once.
-            earlier = getattr(primary, "collective_scope_errors", ())
-            echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
-            for phase, error in rest:
-                in_full = not (earlier or isinstance(error, echoes))
-                texts.append(_report.attached(error, phase, in_full=in_full))
-            if self.skipped:
-                texts.append(_report.skipped(self.skipped))
             for text in texts:
-                if (
-                    text not in getattr(primary, "__notes__", ())
-                    and len(getattr(primary, "__notes__", ())) < MOST_LINES
-                ):
-                    primary.add_note(text)
+                primary.add_note(text)
             if rest and len(earlier) < MOST_LINES:  # of an inner scope, or one before that raised the same object
                 errors = (*earlier, *(error for _, error in rest))
                 primary.collective_scope_errors = errors  # type: ignore[attr-defined]
         except Exception as refused:
-            # An exception class may forbid attributes; then the log has what the notes would say.
-            logger.error("scope %r: %s\n%s", scope, message_of(refused), "\n".join(texts))  # noqa: TRY400
+            # An exception class may forbid attributes; then the log has what the notes would say, or else stderr.
+            text = "\n".join((f"scope {scope!r}: {message_of(refused)}", *texts))
+            try:
+                logger.error("%s", text)  # noqa: TRY400
+            except Exception:
+                os.write(2, f"{text}\n".encode(errors="replace"))
 
     def clear(self) -> None:
         """Drop all references: an exception refers to frames, and they to this object."""
@@ -164,6 +169,15 @@ def errors_of(verdict: Verdict, rank: int, *, failed: bool = False) -> list[Coll
     if verdict.cleanups:
         errors.append(CleanupMismatchError(_report.cleanups_differ(verdict), verdict))
     return errors
+
+
+def _attribute(error: BaseException, name: str) -> tuple[Any, ...]:
+    """Return a sequence that an exception may have; empty if it has none, or will not say."""
+    try:
+        return tuple(getattr(error, name, ()))
+    except Exception:
+        logger.debug("%s of a %s cannot be had", name, type_name(error), exc_info=True)
+        return ()
 
 
 def _is_skip(error: BaseException) -> bool:

@@ -257,9 +257,9 @@ class Teardown(Registry):
         self._cleanups.clear()
         self._after.clear()
         self._failures.clear()
-        self._told = self._parent = self._membership = self._barrier = self._kept = self._in_flight = self._span = (
-            self._wait
-        ) = None
+        self._told = self._parent = self._membership = self._barrier = self._kept = self._in_flight = None
+        self._span = self._wait = self._chosen = self._mismatch = None
+        self._given = ()
 
     # What the steps do it with.
 

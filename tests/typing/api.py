@@ -50,8 +50,23 @@ class Coordinator:
 class Communicator:
     """Look like mpi4py's."""
 
-    def Barrier(self) -> None:  # noqa: N802
-        """Wait."""
+    def Get_rank(self) -> int:  # noqa: N802
+        """Return the rank."""
+        return 0
+
+    def Ibcast(self, buf: Any, root: int = 0) -> Any:  # noqa: N802
+        """Send to all."""
+
+    def Get_attr(self, keyval: int) -> Any:  # noqa: N802
+        """Return what is remembered."""
+
+
+class Stateless:
+    """Look like vLLM's StatelessProcessGroup."""
+
+    store: Any
+    rank: int
+    world_size: int
 
 
 def find_group() -> dist.ProcessGroup | None:
@@ -68,6 +83,7 @@ def groups(group: dist.ProcessGroup, mesh: dist.DeviceMesh) -> None:
     collective_scope(mesh["tp"])
     collective_scope(Coordinator())
     collective_scope(Communicator())
+    collective_scope(Stateless())
     collective_scope(dist.GroupMember.NON_GROUP_MEMBER)
     collective_scope(find_group)
     collective_scope(lambda: group)
@@ -79,7 +95,8 @@ def options() -> None:
     """Take times in either form, and cleanups as any iterable."""
     collective_scope(name="s", timeout=3, failure_timeout=1.5, warn_after=0.5)
     collective_scope(timeout=timedelta(seconds=3), failure_timeout=None, name=None)
-    collective_scope(cleanups=[Buffer().destroy, lambda: 3], synchronize=False, lockstep_gc=True, group_barrier=True)
+    collective_scope(cleanups=[Buffer().destroy, lambda: 3], synchronize=False, lockstep_gc=True, meet_at_entry=True)
+    collective_scope(warn_after=None, kill_after=60)
     collective_scope(timeout="3")  # type: ignore[arg-type]
     collective_scope(name=3)  # type: ignore[arg-type]
 
@@ -89,7 +106,11 @@ def block() -> None:
     with collective_scope() as scope:
         assert_type(scope, CollectiveScope)
         assert_type(current_scope(), CollectiveScope)
+        assert_type(current_scope(None), CollectiveScope | None)
+        assert_type(current_scope(default=3), CollectiveScope | int)
         assert_type(scope.name, str)
+        scope.fail(ValueError())
+        scope.fail("no")  # type: ignore[arg-type]
         value = 3
     assert_type(scope.verdict, Verdict | None)
     assert_type(value, int)
@@ -102,12 +123,13 @@ def returns() -> int:
 
 
 def registration(scope: CollectiveScope) -> None:
-    """Check arguments against the function, and return what was given."""
+    """Check arguments against the function, where they can be, and return what was given."""
     assert_type(scope.cleanup(add, 1, b="x")(1), float)
     assert_type(scope.after_barrier(add, 1)(1), float)
     scope.cleanup(add)  # type: ignore[call-arg]
     scope.cleanup(add, "x")  # type: ignore[arg-type]
-    scope.after_barrier(add, 1, c=2)  # type: ignore[call-arg]
+    assert_type(scope.after_barrier(add, 1, even_if_missing=True), Callable[..., float])
+    scope.after_barrier(add, 1, even_if_missing="yes")  # type: ignore[arg-type]
     assert_type(scope.collective_cleanup(Buffer().destroy), Callable[..., None])
     assert_type(scope.collective_cleanup(add, 1, name="add", fingerprint=lambda: 3), Callable[..., float])
     scope.collective_cleanup(add, 1, fingerprint=3)  # type: ignore[arg-type]
@@ -161,7 +183,7 @@ def errors(error: CollectiveScopeError) -> None:
         case PeerLostError():
             assert_type(error.lost, tuple[int, ...])
         case ScopeMismatchError():
-            assert_type(error.names, Mapping[int, tuple[str, int]])
+            assert_type(error.names, Mapping[int, str])
         case CleanupMismatchError():
             assert_type(error.cleanups, Mapping[int, tuple[tuple[str, str], ...]])
         case _:
