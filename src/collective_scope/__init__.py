@@ -20,6 +20,7 @@ from . import exceptions
 from ._api import collective_scope
 from ._renewable import RenewableGroup
 from ._scope import CollectiveScope, current_scope
+from ._subtests import SubtestResult, Subtests
 from .agreement.records import Outcome, Verdict
 from .exceptions import (
     BarrierTimeoutError,
@@ -35,6 +36,7 @@ from .exceptions import (
 # How the files hang together, each importing only from those below it:
 #
 #   _api                    the function that users call, and what it accepts
+#   _subtests               a loop of subtests, and its report
 #   _renewable              a group that can be revoked, and made again
 #   _scope, _teardown       the life of a scope: entry, decorator; the steps of the exit
 #   _registry, _failures    what a body registers; what went wrong here, and what surfaces
@@ -55,6 +57,8 @@ __all__ = [
     "RenewableGroup",
     "RevokedInterrupt",
     "ScopeMismatchError",
+    "SubtestResult",
+    "Subtests",
     "Verdict",
     "collective_scope",
     "current_scope",
@@ -63,7 +67,16 @@ __all__ = [
 
 __version__ = "0.2.0"
 
-for _public in (CollectiveScope, Outcome, RenewableGroup, Verdict, collective_scope, current_scope):
+for _public in (
+    CollectiveScope,
+    Outcome,
+    RenewableGroup,
+    SubtestResult,
+    Subtests,
+    Verdict,
+    collective_scope,
+    current_scope,
+):
     # get_type_hints() looks names up in the module, so they are looked up before that changes.
     _public.__annotations__ = _get_type_hints(_public)
     # Messages and reprs show where users import from.

@@ -68,7 +68,7 @@ class Failures:
 
     def log(self, phase: str, error: BaseException, *, scope: str, rank: int, world_size: int) -> None:
         """Log an error that has been noted and told."""
-        level = logging.INFO if _is_skip(error) else logging.ERROR
+        level = logging.INFO if is_skip(error) else logging.ERROR
         try:
             text = _report.failed_here(rank, world_size, scope, phase)
             exc_info = (type(error), error, without_frames_of_ours(error.__traceback__))
@@ -180,6 +180,7 @@ def _attribute(error: BaseException, name: str) -> tuple[Any, ...]:
         return ()
 
 
-def _is_skip(error: BaseException) -> bool:
+def is_skip(error: BaseException) -> bool:
+    """Whether *error* skips a test, as unittest and pytest do it."""
     # pytest.skip.Exception, without importing pytest.
     return isinstance(error, unittest.SkipTest) or type(error).__name__ == "Skipped"

@@ -296,6 +296,7 @@ class CollectiveScope(Teardown):
                 self._make_revocation(),
                 self._path,
             )
+            span.history = options.history
             self._span = barrier.control.spans[id(span)] = span
 
     def _make_revocation(self) -> Revocation | None:

@@ -57,6 +57,8 @@ class Options:
     synchronize: bool
     lockstep_gc: bool
     meet_at_entry: bool
+    history: list[tuple[float, str]] | None = None
+    """Where to note each phase and when it began, on the monotonic clock; None if that is not wanted."""
 
 
 @attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)

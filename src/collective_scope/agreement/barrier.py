@@ -117,6 +117,22 @@ class Barrier:
             self._stop_waiting(wait, interrupt)
             raise
 
+    def exchange(self, name: str, value: bytes, timeout: float) -> list[bytes]:
+        """
+        Hand *value* to rank 0; return what each rank has handed over, on rank 0; it is empty where one did not in time.
+
+        Collective:
+            Every rank of the group calls it.
+
+        Args:
+            name: What the value is called in the store; rank 0 removes it.
+            value: What to hand over.
+            timeout: Seconds for all of it.
+        """
+        done: SimpleQueue[list[bytes]] = SimpleQueue()
+        self._submit(functools.partial(self.part.exchange, name, value, time.monotonic() + timeout, done))
+        return next_reply(done, time.monotonic() + timeout + GRACE_S) or []
+
     def leave(self, last_word: str) -> None:
         """Leave the group, which has been destroyed here; wait for the store at most `LEAVE_S`."""
         thread, self._thread = self._thread, None

@@ -57,7 +57,7 @@ from .rounds import (
     scopes_around,
     still_refused,
 )
-from .store_thread import FOREVER, base_of, compare_set, get, peek, set_first
+from .store_thread import ABSENT, FOREVER, base_of, compare_set, get, peek, set_first
 
 
 ROOT = "collective_scope"
@@ -200,6 +200,20 @@ class Part:
             store.add(self.key(f"{record.round}/n"), REPORT)
         store.set(f"{NEWS}/{number}", f"failed {self.life} {self.rank}")
         self.items.append((number, time.monotonic()))
+
+    def exchange(self, name: str, value: bytes, deadline: float, done: SimpleQueue[list[bytes]], store: Store) -> None:
+        """Hand *value* to rank 0, or collect what all have handed over."""
+        keys = [self.key(f"{name}/{rank}") for rank in range(self.world_size)]
+        store.set(keys[self.rank], value)  # type: ignore[arg-type]  # torch's stub has no bytes
+        values = [b""] * self.world_size
+        while self.rank == 0 and not all(values) and time.monotonic() < deadline:
+            for rank in (rank for rank, text in enumerate(values) if not text):
+                text = peek(store, keys[rank])
+                values[rank] = b"" if text == ABSENT else text
+            time.sleep(POLL_S / 5)
+        for key in keys if self.rank == 0 else ():
+            store.delete_key(key)
+        done.put(values)
 
     def attend(self, wait: Wait, has_thread: bool, store: Store) -> None:  # noqa: FBT001  (passed on by position)
         """Arrive, and get the verdict, or write it if this rank is the last to arrive."""

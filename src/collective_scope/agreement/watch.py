@@ -68,6 +68,7 @@ class Span:
         since: When it came there, on the monotonic clock.
         wait: Its wait at the barrier, if it does wait.
         has_failed: Whether the rank itself has failed.
+        history: The phases so far, each with the time at which it began; None if they are not kept.
         is_left: Whether the rank has left the scope, though a wait of it is still to be ended.
     """
 
@@ -86,6 +87,7 @@ class Span:
     since: float = 0.0
     wait: Wait | None = None
     has_failed: bool = False
+    history: list[tuple[float, str]] | None = None
     is_left: bool = False
     # The rest is the control thread's own.
     _matter: float = attrs.field(default=-1.0, init=False)
@@ -106,6 +108,8 @@ class Span:
     def enter(self, phase: str) -> None:
         """Note, on the rank's thread, that the rank goes into *phase* now."""
         self.phase, self.since = phase, time.monotonic()
+        if self.history is not None:
+            self.history.append((self.since, phase))
 
     def look(self, store: Store, now: float, failed: set[int]) -> None:
         """Look, on the control thread, at what this rank has to know, and act on it."""

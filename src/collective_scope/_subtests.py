@@ -1,0 +1,319 @@
+"""A loop of subtests in the same processes, of which one that fails costs one."""
+
+from __future__ import annotations
+
+import sys
+import time
+import unittest
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Literal, NoReturn, Self, TextIO
+
+import attrs
+
+from . import _groups
+from ._api import collective_scope
+from ._failures import is_skip
+from ._scope import CollectiveScope
+from ._subtests_report import Progress, summary, write_junit, write_trace
+from .agreement.records import Outcome, Verdict
+from .agreement.rounds import failures_in_order
+from .exceptions import CollectiveScopeError
+
+
+Status = Literal["passed", "failed", "skipped", "xfailed", "not run"]
+
+BUDGET_S = 300.0
+
+_ENDS = ("KeyboardInterrupt", "SystemExit")
+"""What ends the loop on all ranks, if one of them raises it."""
+
+
+class ExpectedFailure(unittest.SkipTest):
+    """Raised by `Subtests.xfail`."""
+
+
+class _NotRun(BaseException):
+    """Raised in the place of a body that does not run."""
+
+
+@attrs.define(eq=False)
+class SubtestResult:
+    """
+    What became of one subtest; the same on every rank, but for *error* and the times.
+
+    Attributes:
+        id: Its name.
+        status: What became of it.
+        reason: Why it was skipped, failed as expected, or did not run.
+        error: What this rank raised.
+        verdict: What every rank did.
+        seconds: How long it took on this rank.
+        waited: Seconds that ranks waited in it for others that did not come.
+        history: Phases of this rank, each with the time at which it began, on the monotonic clock.
+    """
+
+    id: str
+    status: Status = "passed"
+    reason: str = ""
+    error: BaseException | None = None
+    verdict: Verdict | None = None
+    seconds: float = 0.0
+    waited: float = 0.0
+    history: list[tuple[float, str]] = attrs.field(factory=list)
+
+    @property
+    def failures(self) -> dict[int, Outcome]:
+        """What went wrong, by rank."""
+        return {} if self.verdict is None else self.verdict.failures
+
+
+class Subtests:
+    """
+    A loop of subtests on a group, each in a scope of its own.
+
+    A failure, here or on a peer, is kept on every rank alike, and the loop goes on. Rank 0 prints a
+    character or a line for each, and at the end what failed, the cause first. On a `RenewableGroup`,
+    a subtest that fails before its collectives costs that subtest; on any other, a rank that is
+    stuck in a collective costs all that follow.
+
+        with Subtests(world) as subtests:
+            for config in configs:
+                with subtests.test(config.id):
+                    run(config)
+
+    Collective:
+        Every rank of *group* goes through the same subtests.
+
+    Args:
+        group: As for `collective_scope`.
+
+        budget: Seconds of waiting for ranks that do not come, over all subtests; after that the rest does not run.
+
+        max_failures: How many subtests may fail before the rest does not run. Default: any number.
+
+        verbose: Whether to print a line for each subtest instead of a character.
+
+        rerun: The command that runs one subtest again, with ``{id}`` in it.
+
+        file: Where rank 0 prints. Default: standard output.
+
+        options: Passed on to each `collective_scope`; ``meet_at_entry`` is on.
+
+    Raises:
+        ExceptionGroup: At the end of the block, on every rank, if subtests failed: what this rank raised in each.
+
+    Attributes:
+        results: What became of each subtest so far.
+    """
+
+    def __init__(
+        self,
+        group: _groups.GroupLike = None,
+        *,
+        budget: float = BUDGET_S,
+        max_failures: int | None = None,
+        verbose: bool = False,
+        rerun: str = "",
+        file: TextIO | None = None,
+        **options: Any,
+    ) -> None:
+        if not budget > 0:
+            msg = f"budget must be positive seconds (got {budget!r})"
+            raise ValueError(msg)
+        if max_failures is not None and max_failures < 1:
+            msg = f"max_failures must be at least 1 (got {max_failures!r})"
+            raise ValueError(msg)
+        self.results: list[SubtestResult] = []
+        self._group = group
+        self._budget, self._max_failures, self._rerun = budget, max_failures, rerun
+        self._options = {"meet_at_entry": True, **options}
+        self._file, self._verbose = file, verbose
+        self._progress: Progress | None = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._rank == 0:
+            self._get_progress().end()
+            text = summary(self.results, time.monotonic() - self._started, self._rerun)
+            print(text, file=self._file or sys.stdout, flush=True)
+        failed = [result for result in self.results if result.status in ("failed", "not run")]
+        if failed and error is None:
+            errors = [result.error for result in failed if isinstance(result.error, Exception)]
+            msg = f"{len(failed)} of {len(self.results)} subtests failed"
+            raise ExceptionGroup(msg, errors or [CollectiveScopeError(msg)])
+
+    def test(self, id: str) -> Subtest:  # noqa: A002  (what it is)
+        """
+        Return a context manager that runs its block as the subtest *id*.
+
+        The block does not run if the subtest is refused: a rank has not come back, or the budget is spent.
+        """
+        return Subtest(self, str(id))
+
+    def run(self, id: str, fn: Callable[..., object], /, *args: Any, **kwargs: Any) -> SubtestResult:  # noqa: A002
+        """Run ``fn(*args, **kwargs)`` as the subtest *id*; return what became of it."""
+        with self.test(id) as subtest:
+            fn(*args, **kwargs)
+        return subtest.result
+
+    def skip(self, reason: str) -> NoReturn:
+        """Skip the subtest that is running. All ranks must; if only some do, it has failed."""
+        raise unittest.SkipTest(reason)
+
+    def xfail(self, reason: str) -> NoReturn:
+        """Let the subtest that is running fail as expected. All ranks must; if only some do, it has failed."""
+        raise ExpectedFailure(reason)
+
+    def write_junit(self, path: str, name: str = "subtests") -> None:
+        """Write what CI servers read, on rank 0."""
+        if self._rank == 0:
+            write_junit(self.results, path, name)
+
+    def write_trace(self, path: str) -> None:
+        """
+        Write a Chrome trace, which https://ui.perfetto.dev opens: one track a rank, with body, cleanups and waiting.
+
+        Collective:
+            Every rank calls it; rank 0 writes the file.
+        """
+        found = _groups.find(self._group)
+        write_trace(self.results, path, found[0].barrier if found is not None else None)
+
+    # What a subtest calls.
+
+    @property
+    def _rank(self) -> int:
+        found = _groups.find(self._group)
+        barrier = None if found is None else found[0].barrier
+        return 0 if barrier is None else barrier.rank
+
+    def _get_progress(self) -> Progress:
+        if self._progress is None:
+            self._progress = Progress(self._file or sys.stdout, verbose=self._verbose)
+        return self._progress
+
+    def _why_not(self) -> str:
+        """Return why no more subtests are run; empty if they are. The same on every rank."""
+        waited = sum(result.waited for result in self.results)
+        failures = sum(result.status == "failed" for result in self.results)
+        if waited > self._budget:
+            return f"ranks have waited {waited:.0f} s for others, more than budget={self._budget:.0f} s"
+        if self._max_failures is not None and failures >= self._max_failures:
+            return f"{failures} subtests have failed, and max_failures={self._max_failures}"
+        return ""
+
+    def _note(self, result: SubtestResult) -> None:
+        self.results.append(result)
+        if self._rank == 0:
+            self._get_progress().note(result)
+
+
+class Subtest:
+    """What `Subtests.test` returns: a block that runs in a scope, and whose failure is kept."""
+
+    def __init__(self, subtests: Subtests, id: str) -> None:  # noqa: A002
+        self.result = SubtestResult(id)
+        self._subtests = subtests
+        self._scope: CollectiveScope | None = None
+        self._began = 0.0
+        self._tracer: Any = None
+
+    @property
+    def scope(self) -> CollectiveScope:
+        """
+        The scope of this subtest.
+
+        Raises:
+            RuntimeError: If it is not running.
+        """
+        if self._scope is None:
+            msg = f"subtest {self.result.id!r} is not running"
+            raise RuntimeError(msg)
+        return self._scope
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        why = self._subtests._why_not()  # noqa: SLF001  (a part of it)
+        scope = collective_scope(self._subtests._group, name=self.result.id, **self._subtests._options)  # noqa: SLF001
+        scope._options = attrs.evolve(scope._options, history=self.result.history)  # noqa: SLF001
+        try:
+            if not why:
+                scope.__enter__()
+                scope._body = sys._getframe(1).f_code  # noqa: SLF001  (documented; no reference to the frame)
+        except Exception as refusal:
+            self.result.error, self.result.verdict = refusal, scope.verdict
+            why = str(refusal).splitlines()[0]
+        if why:
+            self.result.status, self.result.reason = "not run", why
+            self._skip_block(sys._getframe(1))  # noqa: SLF001  (documented)
+        else:
+            self._scope = scope
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
+        if self.result.status == "not run":
+            sys.settrace(self._tracer)
+            raised: BaseException | None = None
+        else:
+            raised = self._leave(kind, error, tb)
+        self.result.seconds = time.monotonic() - self._began
+        verdict = self.result.verdict
+        self.result.waited = 0.0 if verdict is None or verdict.complete else verdict.timeout
+        self._subtests._note(self.result)  # noqa: SLF001  (a part of it)
+        is_end = raised is not None and not isinstance(raised, Exception) and not is_skip(raised)
+        if is_end or any(outcome.type_name in _ENDS for outcome in self.result.failures.values()):
+            if raised is not None and raised is not error:
+                raise raised
+            return False
+        return True
+
+    def _leave(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> BaseException | None:
+        """Leave the scope; note what became of the subtest; return what this rank raises."""
+        scope = self.scope
+        try:
+            scope.__exit__(kind, error, tb)
+        except BaseException as raised:
+            error = raised
+        self._scope = None
+        self.result.error, self.result.verdict = error, scope.verdict
+        self.result.status, self.result.reason = _judge(error, scope.verdict)
+        return error
+
+    def _skip_block(self, frame: FrameType) -> None:
+        """Have the block of the ``with`` statement in *frame* end before it begins; there is no other way to leave it out."""
+
+        def raise_at_once(frame: FrameType, event: str, arg: object) -> NoReturn:  # noqa: ARG001  (given to all)
+            raise _NotRun
+
+        self._tracer = sys.gettrace()
+        sys.settrace(lambda *_: None)
+        frame.f_trace, frame.f_trace_opcodes = raise_at_once, True
+
+
+def _judge(error: BaseException | None, verdict: Verdict | None) -> tuple[Status, str]:
+    """Say what became of a subtest on all ranks, from what this one raised and what the verdict says of all."""
+    if error is None:
+        return "passed", ""
+    failures = {} if verdict is None else verdict.failures
+    kinds = {rank: _kind(outcome) for rank, outcome in failures.items()}
+    if verdict is not None and verdict.complete and len(kinds) == verdict.world_size and len(set(kinds.values())) == 1:
+        status = kinds[0]
+        return status, str(error) if status != "failed" else ""
+    first = next((rank for rank, _ in failures_in_order(failures)), None)
+    if first is None or kinds[first] == "failed":
+        return "failed", ""
+    some = [str(rank) for rank, kind in kinds.items() if kind == kinds[first]]
+    what = "skipped it" if kinds[first] == "skipped" else "let it fail as expected"
+    return "failed", f"only rank{'s' * (len(some) > 1)} {', '.join(some)} {what}"
+
+
+def _kind(outcome: Outcome) -> Status:
+    if outcome.type_name.endswith(ExpectedFailure.__name__):
+        return "xfailed"
+    return "skipped" if outcome.is_skip else "failed"

@@ -1,0 +1,197 @@
+"""What a loop of subtests prints and writes: progress, summary, JUnit XML, a trace."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+from xml.etree import ElementTree as ET
+
+from ._report import is_like_a_consequence
+from .agreement.rounds import failures_in_order
+from .agreement.text import one_line
+
+
+if TYPE_CHECKING:
+    from ._subtests import Status, SubtestResult
+    from .agreement.barrier import Barrier
+    from .agreement.records import Outcome
+
+MARKS: dict[Status, str] = {"passed": ".", "failed": "F", "skipped": "s", "xfailed": "x", "not run": "-"}
+
+MOST_SLOW = 3
+"""Slowest subtests that the summary names."""
+
+COLLECT_S = 30.0
+"""How long rank 0 waits for the traces of the others."""
+
+_WIDTH = 72
+
+
+class Progress:
+    """
+    A character or a line for each subtest.
+
+    Args:
+        file: Where to print. On a terminal, tqdm's bar, if that is installed.
+        verbose: Whether to print lines.
+    """
+
+    def __init__(self, file: TextIO, *, verbose: bool) -> None:
+        self._file, self._verbose, self._column = file, verbose, 0
+        self._bar: Any = None
+        if file.isatty() and not verbose:
+            try:
+                self._bar = importlib.import_module("tqdm").tqdm(unit="subtest", file=file)
+            except ImportError:
+                self._bar = None
+
+    def note(self, result: SubtestResult) -> None:
+        """Print what became of a subtest."""
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(result.id)
+        elif self._verbose:
+            reason = f" ({result.reason})" if result.reason else ""
+            print(f"{result.id} {result.status.upper()}{reason} {result.seconds:.2f} s", file=self._file, flush=True)
+        else:
+            self._column += 1
+            end = "\n" if self._column % _WIDTH == 0 else ""
+            print(MARKS[result.status], end=end, file=self._file, flush=True)
+
+    def end(self) -> None:
+        """End the line."""
+        if self._bar is not None:
+            self._bar.close()
+        elif not self._verbose and self._column % _WIDTH:
+            print(file=self._file, flush=True)
+
+
+def summary(results: Sequence[SubtestResult], seconds: float, rerun: str) -> str:
+    """Say what failed, the cause first, and count the rest."""
+    lines: list[str] = []
+    for result in results:
+        if result.status == "failed":
+            lines += _failure(result, rerun)
+    not_run = Counter(result.reason for result in results if result.status == "not run")
+    lines += [f"not run: {count} subtests, because {reason}" for reason, count in not_run.items()]
+    slow = sorted(results, key=lambda result: -result.seconds)[:MOST_SLOW]
+    if len(results) > MOST_SLOW:
+        lines.append("slowest: " + ", ".join(f"{result.id} {result.seconds:.2f} s" for result in slow))
+    waited = Counter[int]()
+    for result in results:
+        for rank in result.verdict.missing if result.verdict is not None and result.waited else ():
+            waited[rank] += round(result.waited)
+    if waited:
+        lines.append("waited for: " + ", ".join(f"rank {rank} {took} s" for rank, took in sorted(waited.items())))
+    counts = Counter(result.status for result in results)
+    told = ", ".join(f"{counts[status]} {status}" for status in MARKS if counts[status]) or "no subtests"
+    return "\n".join([*lines, f"{told} in {seconds:.2f} s"])
+
+
+def _failure(result: SubtestResult, rerun: str) -> list[str]:
+    lines = [f"FAILED {result.id}{f': {result.reason}' if result.reason else ''}"]
+    ordered = failures_in_order(result.failures)
+    for place, (rank, outcome) in enumerate(ordered):
+        line = f"  rank {rank}, {outcome.phase}: {one_line(outcome.type_name, outcome.message)}"
+        if place and is_like_a_consequence(outcome):
+            line += " (a consequence)"
+        lines.append(line)
+        where = _place(outcome)
+        if where and not place:
+            lines.append(f"    {where}")
+    if not ordered and result.error is not None:
+        lines += [f"  {line}" for line in str(result.error).splitlines()]
+    if rerun:
+        lines.append(f"  again: {rerun.format(id=result.id)}")
+    return lines
+
+
+def _place(outcome: Outcome) -> str:
+    """Return file and line of the innermost frame in a traceback that is not torch's or Python's own."""
+    places = re.findall(r'File "(.+)", line (\d+), in', outcome.traceback)
+    users = [place for place in places if "site-packages" not in place[0] and "/lib/python3" not in place[0]]
+    return ":".join((users or places)[-1]) if places else ""
+
+
+def write_junit(results: Sequence[SubtestResult], path: str, name: str) -> None:
+    """Write the format that CI servers read."""
+    counts = Counter(result.status for result in results)
+    suite = ET.Element(
+        "testsuite",
+        name=name,
+        tests=str(len(results)),
+        failures=str(counts["failed"]),
+        errors="0",
+        skipped=str(counts["skipped"] + counts["xfailed"] + counts["not run"]),
+        time=f"{sum(result.seconds for result in results):.3f}",
+    )
+    for result in results:
+        case = ET.SubElement(suite, "testcase", classname=name, name=result.id, time=f"{result.seconds:.3f}")
+        if result.status == "failed":
+            lines = _failure(result, "")
+            failure = ET.SubElement(case, "failure", message=_printable("\n".join(lines[:2])))
+            tracebacks = [outcome.traceback for _, outcome in failures_in_order(result.failures)]
+            failure.text = _printable("\n".join([*lines, *tracebacks]))
+        elif result.status != "passed":
+            ET.SubElement(case, "skipped", message=_printable(f"{result.status}: {result.reason}"))
+    root = ET.Element("testsuites")
+    root.append(suite)
+    ET.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _printable(text: str) -> str:
+    """Leave out what XML has no way to say."""
+    return "".join(char for char in text if char in "\n\t" or char.isprintable())
+
+
+def write_trace(results: Sequence[SubtestResult], path: str, barrier: Barrier | None) -> None:
+    """Write a Chrome trace of all ranks, on rank 0; the others hand theirs over."""
+    rank = 0 if barrier is None else barrier.rank
+    # All clocks of a machine agree; those of others are as far off as their wall clocks are.
+    offset = time.time() - time.monotonic()
+    events = [_event(rank, *phase) for result in results for phase in _phases(result, offset)]
+    everyone = [events] if barrier is None else _collect(barrier, events)
+    if rank == 0:
+        names = [
+            {"ph": "M", "name": "process_name", "pid": each, "tid": 0, "args": {"name": f"rank {each}"}}
+            for each in range(len(everyone))
+        ]
+        start = min((event["ts"] for each in everyone for event in each), default=0.0)
+        moved = [{**event, "ts": event["ts"] - start} for each in everyone for event in each]
+        Path(path).write_text(json.dumps({"traceEvents": [*names, *moved]}))
+
+
+def _phases(result: SubtestResult, offset: float) -> Iterable[tuple[str, str, float, float]]:
+    """Return name, kind, start and end of each phase; the end of one is the start of the next."""
+    history = result.history
+    ends = [began for began, _ in history[1:]]
+    for (began, phase), end in zip(history, [*ends, (history[0][0] + result.seconds) if history else 0.0], strict=True):
+        kind = "body" if phase == "in the body of" else "waiting" if phase.startswith("at the ") else "cleanup"
+        name = result.id if kind == "body" else phase.removesuffix(" of").removeprefix("in ")
+        yield name, kind if "making" not in phase else "renewal", began + offset, max(began, end) + offset
+
+
+def _event(rank: int, name: str, kind: str, began: float, ended: float) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": kind,
+        "pid": rank,
+        "tid": 0,
+        "ts": began * 1e6,
+        "dur": (ended - began) * 1e6,
+    }
+
+
+def _collect(barrier: Barrier, events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the events of all ranks, on rank 0."""
+    own = zlib.compress(json.dumps(events).encode())
+    texts = barrier.exchange("trace", own, COLLECT_S)
+    return [json.loads(zlib.decompress(text)) if text else [] for text in texts]
