@@ -20,7 +20,8 @@ from . import exceptions
 from ._api import collective_scope
 from ._renewable import RenewableGroup
 from ._scope import CollectiveScope, current_scope
-from ._subtests import SubtestResult, Subtests
+from ._subtest_result import SubtestResult
+from ._subtests import Subtests
 from .agreement.records import Outcome, Verdict
 from .exceptions import (
     BarrierTimeoutError,
@@ -35,16 +36,18 @@ from .exceptions import (
 
 # How the files hang together, each importing only from those below it:
 #
-#   _api                    the function that users call, and what it accepts
-#   _subtests               a loop of subtests, and its report
-#   _renewable              a group that can be revoked, and made again
-#   _scope, _teardown       the life of a scope: entry, decorator; the steps of the exit
-#   _registry, _failures    what a body registers; what went wrong here, and what surfaces
-#   _speaker, _report       what is said in the log while ranks are late; every sentence that a user reads
-#   _groups, _mpi           what may be passed as group; all that is asked of torch and mpi4py
-#   _kill, _cleanups        the end of a process that is stuck; the stack of cleanups
-#   exceptions              the tree of errors
-#   agreement               how the ranks agree on one verdict; imports nothing from here
+#   _subtests, _subtests_report, _subtest_result    a loop of subtests, and its report
+#   _api                       the function that users call, and what it accepts
+#   _renewable, _sockets       a group that can be revoked, and made again
+#   _scope, _entry             the life of a scope: with, decorator; what the entry does
+#   _teardown, _arrival        the steps of the exit; the rounds among them
+#   _registry, _failures       what a body registers; what went wrong here, and what surfaces
+#   _speaker, _report, _notes  what is said in the log while ranks are late; every sentence that a user reads
+#   _groups, _membership       what may be passed as group; this rank's membership in it, which lasts
+#   _torch, _mpi               all that is asked of torch and of mpi4py
+#   _kill, _cleanups           the end of a process that is stuck; the stack of cleanups
+#   exceptions                 the tree of errors
+#   agreement                  how the ranks agree on one verdict; imports nothing from here
 
 __all__ = [
     "BarrierTimeoutError",

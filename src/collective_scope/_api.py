@@ -10,9 +10,9 @@ from datetime import timedelta
 from numbers import Real
 from typing import Any
 
+from ._arrival import Options
 from ._groups import GroupLike
 from ._scope import CollectiveScope
-from ._teardown import Options
 from .agreement.rounds import cap
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from . import _report
+from . import _notes, _report
 from ._cleanups import Cleanup
 from .agreement.records import OK, Outcome, Verdict
 from .agreement.text import message_of, one_line, type_name, without_frames_of_ours
@@ -70,7 +70,7 @@ class Failures:
         """Log an error that has been noted and told."""
         level = logging.INFO if is_skip(error) else logging.ERROR
         try:
-            text = _report.failed_here(rank, world_size, scope, phase)
+            text = _notes.failed_here(rank, world_size, scope, phase)
             exc_info = (type(error), error, without_frames_of_ours(error.__traceback__))
             logger.log(level, "%s", text, exc_info=exc_info, extra={"rank": rank, "scope": scope, "phase": phase})
         except Exception as broken:
@@ -105,7 +105,7 @@ class Failures:
             primary = (here or peers)[0]
         else:
             # Nothing else says it: a skipped cleanup never passes silently.
-            primary = CleanupMismatchError(_report.skipped(self.skipped), verdict)
+            primary = CleanupMismatchError(_notes.skipped(self.skipped), verdict)
         known = {id(error) for error in (primary, *members)}
         rest = [(phase, e) for phase, e in self.raised if id(e) not in known]
         # What a scope within this one raised says it already, if it was this one that was over.
@@ -124,10 +124,10 @@ class Failures:
         earlier, notes = _attribute(primary, "collective_scope_errors"), _attribute(primary, "__notes__")
         echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
         texts = [
-            _report.attached(error, phase, in_full=not (earlier or isinstance(error, echoes))) for phase, error in rest
+            _notes.attached(error, phase, in_full=not (earlier or isinstance(error, echoes))) for phase, error in rest
         ]
         if self.skipped:
-            texts.append(_report.skipped(self.skipped))
+            texts.append(_notes.skipped(self.skipped))
         texts = [text for text in texts if text not in notes][: max(0, MOST_LINES - len(notes))]
         try:
             for text in texts:
@@ -172,12 +172,9 @@ def errors_of(verdict: Verdict, rank: int, *, failed: bool = False) -> list[Coll
 
 
 def _attribute(error: BaseException, name: str) -> tuple[Any, ...]:
-    """Return a sequence that an exception may have; empty if it has none, or will not say."""
-    try:
-        return tuple(getattr(error, name, ()))
-    except Exception:
-        logger.debug("%s of a %s cannot be had", name, type_name(error), exc_info=True)
-        return ()
+    """Return a sequence that was set on an exception, without any code of its class; empty if there is none."""
+    value = vars(error).get(name, ())
+    return tuple(value) if isinstance(value, tuple | list) else ()
 
 
 def is_skip(error: BaseException) -> bool:

@@ -62,7 +62,7 @@ def membership_attribute(comm: Any) -> tuple[Any, Callable[[Any, Callable[[], ob
     return there[0] if there else None, lambda value, end: comm.Set_attr(_keyvals[0], (value, end))
 
 
-def store_of(comm: Any) -> Store | None:
+def store_of_communicator(comm: Any) -> Store | None:
     """
     Make a store for the ranks of *comm*; None on a rank that is outside of it.
 

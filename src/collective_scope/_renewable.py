@@ -8,18 +8,16 @@ within a second, and are made again, by all ranks together, when the next scope 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ._sockets import connected_sockets, cut, opened_since
+from ._torch import abort_nccl, all_groups, forget_unfinished_groups, is_nccl
 from .agreement.store_thread import base_of
 
 
@@ -161,8 +159,8 @@ class RenewableGroup:
             self._is_revoked = False
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises if the device is not usable any more
-            known = set(_all_groups())
-            self._before = _connected_sockets()
+            known = set(all_groups())
+            self._before = connected_sockets()
             # A client of its own: its connection can be cut if a peer fails to make its part.
             store = dist.PrefixStore(f"collective_scope/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]
             self._exists = True
@@ -170,8 +168,8 @@ class RenewableGroup:
                 self.value = self._make(store)
             finally:
                 # Without those of the store: NCCL's monitor says at length that it has lost it.
-                self._sockets = _opened_since(self._before, but_to=base_of(self.store))
-                self._groups = [group for group in _all_groups() if group not in known]
+                self._sockets = opened_since(self._before, but_to_port=getattr(base_of(self.store), "port", None))
+                self._groups = [group for group in all_groups() if group not in known]
             self.made += 1
 
     # What the control thread calls; `revoke` on a thread of its own.
@@ -179,7 +177,7 @@ class RenewableGroup:
     @property
     def interrupts_first(self) -> bool:
         """Whether a body is interrupted before the group is revoked: where that frees what kernels work on."""
-        return any(_is_nccl(group) for group in self._groups)
+        return any(is_nccl(group) for group in self._groups)
 
     def revoke(self, *, is_at_work: bool) -> None:
         """
@@ -191,7 +189,7 @@ class RenewableGroup:
         """
         if not self._lock.acquire(blocking=False):
             # The rank is making the group, and a peer failed to: let it stop waiting for that one.
-            _cut(_opened_since(self._before))
+            cut(opened_since(self._before))
             return
         try:
             if self._exists and not self._is_revoked:
@@ -199,19 +197,10 @@ class RenewableGroup:
                 for callback in self._callbacks:
                     callback()
                 if is_at_work:
-                    self._abort_nccl()
-                _cut(self._sockets)
+                    abort_nccl(self._groups)
+                cut(self._sockets)
         finally:
             self._lock.release()
-
-    def _abort_nccl(self) -> None:
-        groups = [group for group in self._groups if group in _all_groups() and _is_nccl(group)]
-        abort = dist.distributed_c10d._abort_process_group  # noqa: SLF001  (torch has no other way)
-        if dist.group.WORLD in groups:
-            abort()  # of all groups at once: one after the other, they may wait for each other
-        else:
-            for group in groups:
-                abort(group)
 
     def _take_down(self) -> None:
         if not self._exists:
@@ -222,7 +211,7 @@ class RenewableGroup:
         def destroy() -> None:
             try:
                 if self._is_revoked:
-                    self._abort_nccl()
+                    abort_nccl(self._groups)
                 self._destroy()
             except BaseException as error:  # handed on below
                 failed.append(error)
@@ -235,9 +224,7 @@ class RenewableGroup:
             raise TimeoutError(msg)
         self.value, self._exists = None, False
         self._groups, self._sockets, self._callbacks = [], {}, []
-        if not dist.is_initialized():
-            # torch counts its groups to name them, and counts one that was not made to the end.
-            dist.distributed_c10d._world.group_count = 0  # noqa: SLF001
+        forget_unfinished_groups()
         if failed and not self._is_revoked:  # of a group that was revoked, it may be gone already
             raise failed[0]
 
@@ -255,7 +242,7 @@ class RenewableGroup:
         if not dist.is_initialized():
             return  # an abort has taken it out of torch's books
         if isinstance(value, dist.ProcessGroup) and value is not dist.group.WORLD:
-            if value in _all_groups():
+            if value in all_groups():
                 dist.destroy_process_group(value)
         else:
             dist.destroy_process_group()
@@ -266,46 +253,3 @@ def _store_of_environment(rank: int) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=rank == 0 and not by_agent, wait_for_workers=False)
     return dist.PrefixStore(f"collective_scope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _all_groups() -> list[dist.ProcessGroup]:
-    return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []  # noqa: SLF001
-
-
-def _is_nccl(group: dist.ProcessGroup) -> bool:
-    if not dist.is_nccl_available() or not torch.cuda.is_available():
-        return False
-    try:
-        return "nccl" in group._get_backend(torch.device("cuda")).name().lower()  # noqa: SLF001
-    except RuntimeError:
-        return False
-
-
-def _connected_sockets(but_to: dist.Store | None = None) -> dict[int, str]:
-    """Return the connected TCP sockets of this process, but those to a store: what tells each apart, by descriptor."""
-    found, port = {}, getattr(but_to, "port", None)
-    for fd in Path("/proc/self/fd").iterdir() if sys.platform == "linux" else ():
-        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
-            link = os.readlink(fd)  # noqa: PTH115  (a Path would be made of each)
-            if link.startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(fd.name))) as copy:
-                    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] != port:
-                        found[int(fd.name)] = link
-    return found
-
-
-def _opened_since(before: dict[int, str], but_to: dist.Store | None = None) -> dict[int, str]:
-    return {fd: link for fd, link in _connected_sockets(but_to).items() if before.get(fd) != link}
-
-
-def _cut(sockets: dict[int, str]) -> None:
-    """
-    Cut connections, on this side and the other: whoever waits for them gets an error.
-
-    gloo has no abort that frees a rank which waits, and keeps its connections as long as anything refers to a group.
-    """
-    for fd, link in sockets.items():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            if os.readlink(f"/proc/self/fd/{fd}") == link:  # noqa: PTH115  (as above)
-                with socket.socket(fileno=os.dup(fd)) as copy:
-                    copy.shutdown(socket.SHUT_RDWR)

@@ -7,7 +7,7 @@ import time
 import unittest
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn, Self, TextIO
+from typing import Any, NoReturn, Self, TextIO
 
 import attrs
 
@@ -15,13 +15,10 @@ from . import _groups
 from ._api import collective_scope
 from ._failures import is_skip
 from ._scope import CollectiveScope
+from ._subtest_result import ExpectedFailure, SubtestResult, judge_subtest
 from ._subtests_report import Progress, summary, write_junit, write_trace
-from .agreement.records import Outcome, Verdict
-from .agreement.rounds import failures_in_order
 from .exceptions import CollectiveScopeError
 
-
-Status = Literal["passed", "failed", "skipped", "xfailed", "not run"]
 
 BUDGET_S = 300.0
 
@@ -29,43 +26,8 @@ _ENDS = ("KeyboardInterrupt", "SystemExit")
 """What ends the loop on all ranks, if one of them raises it."""
 
 
-class ExpectedFailure(unittest.SkipTest):
-    """Raised by `Subtests.xfail`."""
-
-
 class _NotRun(BaseException):
     """Raised in the place of a body that does not run."""
-
-
-@attrs.define(eq=False)
-class SubtestResult:
-    """
-    What became of one subtest; the same on every rank, but for *error* and the times.
-
-    Attributes:
-        id: Its name.
-        status: What became of it.
-        reason: Why it was skipped, failed as expected, or did not run.
-        error: What this rank raised.
-        verdict: What every rank did.
-        seconds: How long it took on this rank.
-        waited: Seconds that ranks waited in it for others that did not come.
-        history: Phases of this rank, each with the time at which it began, on the monotonic clock.
-    """
-
-    id: str
-    status: Status = "passed"
-    reason: str = ""
-    error: BaseException | None = None
-    verdict: Verdict | None = None
-    seconds: float = 0.0
-    waited: float = 0.0
-    history: list[tuple[float, str]] = attrs.field(factory=list)
-
-    @property
-    def failures(self) -> dict[int, Outcome]:
-        """What went wrong, by rank."""
-        return {} if self.verdict is None else self.verdict.failures
 
 
 class Subtests:
@@ -282,7 +244,7 @@ class Subtest:
             error = raised
         self._scope = None
         self.result.error, self.result.verdict = error, scope.verdict
-        self.result.status, self.result.reason = _judge(error, scope.verdict)
+        self.result.status, self.result.reason = judge_subtest(error, scope.verdict)
         return error
 
     def _skip_block(self, frame: FrameType) -> None:
@@ -294,26 +256,3 @@ class Subtest:
         self._tracer = sys.gettrace()
         sys.settrace(lambda *_: None)
         frame.f_trace, frame.f_trace_opcodes = raise_at_once, True
-
-
-def _judge(error: BaseException | None, verdict: Verdict | None) -> tuple[Status, str]:
-    """Say what became of a subtest on all ranks, from what this one raised and what the verdict says of all."""
-    if error is None:
-        return "passed", ""
-    failures = {} if verdict is None else verdict.failures
-    kinds = {rank: _kind(outcome) for rank, outcome in failures.items()}
-    if verdict is not None and verdict.complete and len(kinds) == verdict.world_size and len(set(kinds.values())) == 1:
-        status = kinds[0]
-        return status, str(error) if status != "failed" else ""
-    first = next((rank for rank, _ in failures_in_order(failures)), None)
-    if first is None or kinds[first] == "failed":
-        return "failed", ""
-    some = [str(rank) for rank, kind in kinds.items() if kind == kinds[first]]
-    what = "skipped it" if kinds[first] == "skipped" else "let it fail as expected"
-    return "failed", f"only rank{'s' * (len(some) > 1)} {', '.join(some)} {what}"
-
-
-def _kind(outcome: Outcome) -> Status:
-    if outcome.type_name.endswith(ExpectedFailure.__name__):
-        return "xfailed"
-    return "skipped" if outcome.is_skip else "failed"

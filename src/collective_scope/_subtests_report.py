@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from xml.etree import ElementTree as ET
 
 from ._report import is_like_a_consequence
+from .agreement.part import POLL_S
 from .agreement.rounds import failures_in_order
+from .agreement.store_thread import ABSENT, base_of, peek
 from .agreement.text import one_line
 
 
 if TYPE_CHECKING:
-    from ._subtests import Status, SubtestResult
+    from ._subtest_result import Status, SubtestResult
     from .agreement.barrier import Barrier
     from .agreement.records import Outcome
 
@@ -191,7 +193,18 @@ def _event(rank: int, name: str, kind: str, began: float, ended: float) -> dict[
 
 
 def _collect(barrier: Barrier, events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the events of all ranks, on rank 0."""
-    own = zlib.compress(json.dumps(events).encode())
-    texts = barrier.exchange("trace", own, COLLECT_S)
-    return [json.loads(zlib.decompress(text)) if text else [] for text in texts]
+    """Hand the events of this rank over, and return those of all ranks, on rank 0; none of one that is late."""
+    part = barrier.part
+    store = base_of(part.clone())
+    keys = [part.key(f"trace/{rank}") for rank in range(part.world_size)]
+    store.set(keys[part.rank], zlib.compress(json.dumps(events).encode()))  # type: ignore[arg-type]  # no bytes
+    if part.rank:
+        return []
+    texts: dict[str, bytes] = {}
+    deadline = time.monotonic() + COLLECT_S
+    while len(texts) < len(keys) and time.monotonic() < deadline:
+        texts |= {key: text for key in keys if key not in texts and (text := peek(store, key)) != ABSENT}
+        time.sleep(POLL_S)
+    for key in keys:
+        store.delete_key(key)
+    return [json.loads(zlib.decompress(texts[key])) if key in texts else [] for key in keys]

@@ -7,29 +7,19 @@ where it was done, and neither a cleanup nor the barrier is lost, or happens twi
 
 from __future__ import annotations
 
-import functools
 import gc
-import hashlib
 import logging
-import os
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-from . import _groups, _report
+from . import _notes, _torch
+from ._arrival import Arrival
 from ._cleanups import Cleanup, keep_for_ever
-from ._kill import Killer
-from ._registry import Registry
-from .agreement.barrier import Barrier, verdict_alone
-from .agreement.part import Wait
-from .agreement.process import me
-from .agreement.records import Listed, Record, Verdict
+from .agreement.records import Verdict
 from .agreement.rounds import late_path
-from .agreement.text import shorten, type_name
-from .agreement.watch import Span
 from .exceptions import RevokedInterrupt
 
 
@@ -45,47 +35,16 @@ _last_with_default_group: list[str] = []
 """Name of the last scope that had a default group for its group; empty if none had."""
 
 
-@attrs.frozen
-class Options:
-    """How a scope behaves; times in seconds. `collective_scope` says what they mean."""
-
-    timeout: float
-    failure_timeout: float
-    warn_after: float | None
-    heartbeat_timeout: float
-    kill_after: float | None
-    synchronize: bool
-    lockstep_gc: bool
-    meet_at_entry: bool
-    history: list[tuple[float, str]] | None = None
-    """Where to note each phase and when it began, on the monotonic clock; None if that is not wanted."""
-
-
 @attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
-class Teardown(Registry):
+class Teardown(Arrival):
     """The part of a scope that leaves it."""
 
-    _group: Any
-    _options: Options
-    _given: tuple[Callable[[], object], ...]
-
-    verdict: Verdict | None = attrs.field(default=None, init=False)
-    _membership: _groups.Membership | None = attrs.field(default=None, init=False)
-    _barrier: Barrier | None = attrs.field(default=None, init=False)
     _is_late: bool = attrs.field(default=False, init=False)
     """Whether the group was not found at the entry."""
     _kept: Any = attrs.field(default=None, init=False)
     _trace: object = attrs.field(default=None, init=False)
-    _path: str = attrs.field(default="", init=False)
-    _inner: int = attrs.field(default=0, init=False)
-    """How many scopes on the same group have been entered directly within this one."""
     _is_orphan: bool = attrs.field(default=False, init=False)
     """Whether a scope around this one was left first."""
-    _parent: Any = attrs.field(default=None, init=False)
-    _told: BaseException | None = attrs.field(default=None, init=False)
-    """What an inner scope raised; it is logged already."""
-    _span: Span | None = attrs.field(default=None, init=False)
-    _killer: Killer | None = attrs.field(default=None, init=False)
     _gc_was_enabled: bool = attrs.field(default=False, init=False)
     _steps: list[Callable[[], object]] = attrs.field(factory=list, init=False)
     """What is left to do, the next step last."""
@@ -94,12 +53,6 @@ class Teardown(Registry):
     """What the body raised."""
     _number: int = attrs.field(default=1, init=False)
     """Which exit barrier comes next."""
-    _stage: str = attrs.field(default="exit", init=False)
-    """What it is called."""
-    _arrived_at: str = attrs.field(default="", init=False)
-    """The stage that this rank came to last."""
-    _wait: Wait | None = attrs.field(default=None, init=False)
-    """Its wait there."""
     _agreed: tuple[str, ...] | None = attrs.field(default=None, init=False)
     """Collective cleanups of which the next one may run; None while there is none to be run without a barrier."""
     _chosen: Cleanup | None = attrs.field(default=None, init=False)
@@ -131,7 +84,7 @@ class Teardown(Registry):
             steps.append(self._look_at_group)
         if self._options.lockstep_gc:
             steps.append(self._collect)
-        if self._options.synchronize and _groups.has_accelerator():
+        if self._options.synchronize and _torch.has_accelerator():
             steps.append(self._synchronize)
         if self._in_flight is not None:
             steps.append(self._note_body)
@@ -149,7 +102,7 @@ class Teardown(Registry):
 
     def _synchronize(self) -> None:
         """Wait for the accelerator, so that the cleanups do not free what it works on."""
-        self._guard("synchronize", _groups.synchronize_accelerator)
+        self._guard("synchronize", _torch.synchronize_accelerator)
 
     def _collect(self) -> None:
         """Collect garbage, at the same point on every rank."""
@@ -170,9 +123,9 @@ class Teardown(Registry):
             self._guard("lookup of the group", self._find)
         if self._membership is None:
             if self._group is None and _last_with_default_group:
-                logger.warning("%s", _report.group_is_gone(self.name, _last_with_default_group[0]))
-            elif self._group is None and _groups.has_appeared(self._trace):
-                logger.warning("%s", _report.group_came_and_went(self.name))
+                logger.warning("%s", _notes.group_is_gone(self.name, _last_with_default_group[0]))
+            elif self._group is None and _torch.has_appeared(self._trace):
+                logger.warning("%s", _notes.group_came_and_went(self.name))
             return
         if self._is_late and not self._path and (barrier := self._barrier) is not None:
             # The scopes that were within this one do not count any more.
@@ -180,8 +133,8 @@ class Teardown(Registry):
             self._appear()
         if self._group is None:
             _last_with_default_group[:] = [self.name]
-        if _groups.is_destroyed(self._kept):
-            logger.warning("%s", _report.group_was_destroyed(self.name))
+        if _torch.is_destroyed(self._kept):
+            logger.warning("%s", _notes.group_was_destroyed(self.name))
 
     def _leave_together(self) -> None:
         """Clean up, meet the peers, and run collective cleanups between barriers."""
@@ -272,80 +225,8 @@ class Teardown(Registry):
         # One line: an interrupt comes either before both or after.
         self._failures.skipped.append(cleanup); cleanup.begun = True  # noqa: E702  # fmt: skip
 
-    def _guard(self, phase: str, call: Callable[[], object], place: str = "") -> None:
-        """Call; keep what it raises, a KeyboardInterrupt included, so that what comes next is reached."""
-        if self._span is not None:
-            self._span.enter(f"in {phase}{place} of")
-        try:
-            call()
-        except BaseException as error:
-            self._fail(phase, error)
-
-    def _fail(self, phase: str, error: BaseException) -> None:
-        """Note that *error* was raised in *phase*; then tell the peers, if it is the first; then log it."""
-        barrier, span = self._barrier, self._span
-        if span is not None:
-            span.has_failed = True
-            if span.revocation is not None and span.revocation.is_begun:
-                phase = f"{phase}, after the group was revoked"
-        self._failures.raised.append((phase, error))
-        if barrier is not None and len(self._failures.raised) == 1 and self._path and not self._is_past_barrier:
-            barrier.publish(self._record(self._stage))
-        # A body that has made the group, and failed, has no barrier yet.
-        rank, world_size = _groups.place_in_world() if barrier is None else (barrier.rank, barrier.world_size)
-        if error is not self._told:  # what an inner scope raised is in the log already
-            try:
-                self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size)
-            except BaseException as broken:  # of a handler: it must keep nobody from the barrier
-                self._failures.raised.append(("log", broken))
-
-    def _arrive(self, stage: str) -> Verdict:
-        is_entry, options, barrier = stage == "entry", self._options, self._barrier
-        listed: tuple[Listed, ...] = ()
-        if self._cleanups and not is_entry:
-            listed = tuple(self._listed(name, cleanup) for name, cleanup in self._cleanups.collective().items())
-        record = self._record(stage, listed)
-        if barrier is None:
-            return verdict_alone(record)
-        # A rank that is stuck in an earlier scope must not cost each further one a whole timeout.
-        timeout = min(options.timeout, options.failure_timeout) if is_entry else options.timeout
-        if self._killer is not None:
-            timeout = min(timeout, max(0.0, self._killer.at - time.monotonic()))
-        started = functools.partial(self._note_arrival, stage)
-        return barrier.arrive(record, timeout, options.failure_timeout, started)
-
-    def _note_arrival(self, stage: str, wait: Wait) -> None:
-        self._arrived_at, self._wait = stage, wait
-        span = self._span
-        if span is not None:
-            span.stage, span.wait = stage, wait
-            span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
-
-    def _record(self, stage: str, listed: tuple[Listed, ...] = ()) -> Record:
-        return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed, me())  # noqa: FBT003
-
-    def _listed(self, name: str, cleanup: Cleanup) -> Listed:
-        """Return a collective cleanup as the ranks compare it."""
-        if cleanup.fingerprint is None:
-            return name, "", ""
-        try:
-            text = repr(cleanup.fingerprint())
-        except BaseException as error:
-            self._fail(f"fingerprint of cleanup {name!r}", error)
-            return name, f"raised on {os.getpid()}", f"raised {type_name(error)}"
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        return name, digest, shorten(text, 1000)
-
     def _name_of(self, cleanup: Cleanup) -> str:
         return next(name for name, each in self._cleanups.collective().items() if each is cleanup)
-
-    def _find(self) -> None:
-        """Look the group up, unless that has been found."""
-        raise NotImplementedError
-
-    def _appear(self) -> None:
-        """Let the control thread see this scope."""
-        raise NotImplementedError
 
 
 def _members(error: BaseException) -> tuple[BaseException, ...]:

@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collective_scope.agreement.process import Place, Process
-from collective_scope.agreement.records import (
-    OK,
-    VERDICT_LIMIT,
-    Outcome,
-    Record,
-    Verdict,
-    decode_verdict,
-    encode_verdict,
-)
+from collective_scope.agreement.records import OK, Outcome, Record, Verdict
 from collective_scope.agreement.text import MESSAGE_LIMIT, TRACEBACK_LIMIT
+from collective_scope.agreement.wire import VERDICT_LIMIT, decode_verdict, encode_verdict
 
 
 # Surrogates included: file names that are not UTF-8 have them.

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from collective_scope import Outcome
 from collective_scope.agreement.process import Place, Process
-from collective_scope.agreement.records import OK, Listed, Record, encode_verdict
+from collective_scope.agreement.records import OK, Listed, Record
+from collective_scope.agreement.wire import encode_verdict
 from collective_scope.agreement.rounds import (
     ARRIVED,
     NAME_LIMIT,

@@ -4,12 +4,15 @@ How the ranks of a group agree on one verdict, over a store and nothing else of 
 Read in this order, each module importing only from those before it:
 
 * ``process``: which process a rank is, where it is, what the system says of it
-* ``records``: what a rank tells, and what all ranks are told
-* ``rounds``: paths of scopes, keys of rounds, and `judge`, as pure functions
+* ``records``, ``wire``, ``text``: what a rank tells, what all ranks are told, and how it travels
+* ``rounds``: paths of scopes, the count of a round, and `judge`, as pure functions
 * ``store_thread``: store calls that can be bounded and left behind
-* ``barrier``: arrive, wait with a bound, verdict
+* ``wait``, ``part``: one rank's part in the rounds of its group: arrive, tell, decide
+* ``locate``, ``stacks``: where the ranks are
+* ``revocation``: free a rank that is stuck because a peer failed
 * ``watch``: what has to be looked for while a scope lasts
 * ``control``: the one thread of a process that looks, answers and warns
+* ``barrier``: what the scope calls: arrive, and wait with a bound
 
 Nothing here imports from the package around it, and nothing here speaks to people: facts are
 returned, or handed to a function that the scope gave.
@@ -31,5 +34,6 @@ news               a rank adds 1 for each item                  never: one key a
 news/{k}           the item: which rank failed, is gone, or     half a minute later, by its writer
                    is asked where it is
 beat/{process}     the process's control thread, each second    when that thread ends
+controls           how many control threads there are           never: one key a store
 =================  ===========================================  ==========================================
 """

@@ -7,22 +7,18 @@ import functools
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import attrs
 
-from .part import Part, Wait
+from .control import Control
+from .part import Part
 from .records import Outcome, Record, Verdict
 from .rounds import all_ok, judge
 from .store_thread import Failed, Job, StoreThread, next_reply
 from .text import one_line, type_name
+from .wait import FIRST_LOOK_S, Wait
 
-
-if TYPE_CHECKING:
-    from .control import Control
-
-FIRST_LOOK_S = 0.05
-"""How long a rank waits before anything is looked for, and its peers are told that it waits."""
 
 GRACE_S = 0.8
 """How long the store may keep silent after the deadline; then it is taken for frozen."""
@@ -116,22 +112,6 @@ class Barrier:
         except BaseException as interrupt:
             self._stop_waiting(wait, interrupt)
             raise
-
-    def exchange(self, name: str, value: bytes, timeout: float) -> list[bytes]:
-        """
-        Hand *value* to rank 0; return what each rank has handed over, on rank 0; it is empty where one did not in time.
-
-        Collective:
-            Every rank of the group calls it.
-
-        Args:
-            name: What the value is called in the store; rank 0 removes it.
-            value: What to hand over.
-            timeout: Seconds for all of it.
-        """
-        done: SimpleQueue[list[bytes]] = SimpleQueue()
-        self._submit(functools.partial(self.part.exchange, name, value, time.monotonic() + timeout, done))
-        return next_reply(done, time.monotonic() + timeout + GRACE_S) or []
 
     def leave(self, last_word: str) -> None:
         """Leave the group, which has been destroyed here; wait for the store at most `LEAVE_S`."""

@@ -31,7 +31,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
 
 import attrs
 from torch.distributed import Store, TCPStore
@@ -40,10 +39,8 @@ from .part import NEWS, ROOT, Part
 from .process import Place, me
 from .stacks import where_is
 from .store_thread import ABSENT, FOREVER, Failed, base_of, peek, start_thread
+from .watch import Span
 
-
-if TYPE_CHECKING:
-    from .watch import Span
 
 WAITING_S = 0.05
 """How often the control thread looks while a rank of its process waits; longer in large groups."""

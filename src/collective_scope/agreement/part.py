@@ -5,29 +5,7 @@ A round costs a rank two calls. It adds to the count, and gets the verdict, whic
 rank that arrives last writes the verdict; for a rank whose deadline is up, or that is interrupted,
 the control thread does. The first one that is written stands, and every rank goes by it.
 
-These fields are shared between threads:
-
-=================  =========================================  =============================
-field              written by                                 read by
-=================  =========================================  =============================
-Wait.record        the rank's thread; once more, if it is     the store and control threads
-                   interrupted
-Wait.deadline      the rank's thread; the control thread      both
-                   moves it forward when a failure is known
-Wait.reason        the rank's thread, when it ends the wait   the store and control threads
-Wait.counted       the store thread, when the store has       the control thread
-                   counted the rank
-Wait.over          the rank's thread; the control thread,     the control thread
-                   for a wait that the rank has given up
-Part.life      the store thread, when it joins            all
-Part.told      the store and control threads, under a     the same
-                   lock
-Part.records,  the control thread                         the same
-``.lost``,
-``.revoked``
-Part.items     the store thread: news that it wrote       the control thread
-all other fields   the store thread                           the store thread
-=================  =========================================  =============================
+The table of what threads share is in ``wait``.
 """
 
 from __future__ import annotations
@@ -36,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
@@ -44,7 +21,7 @@ import attrs
 from torch.distributed import Store, TCPStore
 
 from .process import Place, me
-from .records import Record, Verdict, decode_verdict, encode_verdict
+from .records import Record, Verdict
 from .rounds import (
     ARRIVED,
     REPORT,
@@ -57,7 +34,9 @@ from .rounds import (
     scopes_around,
     still_refused,
 )
-from .store_thread import ABSENT, FOREVER, base_of, compare_set, get, peek, set_first
+from .store_thread import FOREVER, base_of, compare_set, get, peek, set_first
+from .wait import Wait
+from .wire import decode_verdict, encode_verdict
 
 
 ROOT = "collective_scope"
@@ -71,36 +50,6 @@ POLL_S = 0.05
 """How often a rank looks for the verdict for which the system has no thread to give."""
 
 _OK = b"ok"
-
-
-@attrs.define(eq=False)
-class Wait:
-    """
-    One wait of one rank at one round.
-
-    Attributes:
-        record: What the rank tells there.
-        start: When the wait began, on the monotonic clock.
-        deadline: When it ends, on the same clock.
-        failure_timeout: Longest wait in seconds from the moment at which a failure is known.
-        earlier: The verdict of the entry before, if not all came to that, and the record with which they were missed.
-        replies: Where the verdict appears.
-        reason: Why the rank ends it before its time; empty if it does not.
-        counted: Whether the store has counted the rank as arrived.
-        reply: What appeared there.
-        over: Whether nobody waits any more.
-    """
-
-    record: Record
-    start: float
-    deadline: float
-    failure_timeout: float
-    earlier: tuple[Verdict, Record] | None
-    replies: SimpleQueue[Any]
-    reason: str = ""
-    counted: bool = False
-    reply: Any = None
-    over: bool = False
 
 
 @attrs.define(eq=False)
@@ -200,20 +149,6 @@ class Part:
             store.add(self.key(f"{record.round}/n"), REPORT)
         store.set(f"{NEWS}/{number}", f"failed {self.life} {self.rank}")
         self.items.append((number, time.monotonic()))
-
-    def exchange(self, name: str, value: bytes, deadline: float, done: SimpleQueue[list[bytes]], store: Store) -> None:
-        """Hand *value* to rank 0, or collect what all have handed over."""
-        keys = [self.key(f"{name}/{rank}") for rank in range(self.world_size)]
-        store.set(keys[self.rank], value)  # type: ignore[arg-type]  # torch's stub has no bytes
-        values = [b""] * self.world_size
-        while self.rank == 0 and not all(values) and time.monotonic() < deadline:
-            for rank in (rank for rank, text in enumerate(values) if not text):
-                text = peek(store, keys[rank])
-                values[rank] = b"" if text == ABSENT else text
-            time.sleep(POLL_S / 5)
-        for key in keys if self.rank == 0 else ():
-            store.delete_key(key)
-        done.put(values)
 
     def attend(self, wait: Wait, has_thread: bool, store: Store) -> None:  # noqa: FBT001  (passed on by position)
         """Arrive, and get the verdict, or write it if this rank is the last to arrive."""
@@ -340,33 +275,15 @@ class Part:
                 text = self._judgment(wait, store, count, lost=lost, where=where)
             set_first(store, f"{key}/v", text)
 
-    def _judgment(
-        self,
-        wait: Wait,
-        store: Store,
-        count: int,
-        *,
-        lost: Iterable[int] = (),
-        where: Mapping[int, Place] | None = None,
-    ) -> bytes:
+    def _judgment(self, wait: Wait, store: Store, count: int, **facts: Any) -> bytes:
+        """Return the verdict as it follows from all that the ranks told, and *facts*, as for `judge`."""
         texts = {rank: peek(store, self.key(f"rank/{rank}")) for rank in range(self.world_size)}
         records = {rank: record for rank, text in texts.items() if (record := Record.decode(text)) is not None}
         if records.get(self.rank, Record()).round != wait.record.round or wait.reason:
             records[self.rank] = attrs.evolve(wait.record, arrived=wait.counted)
-        all_arrived = has_all(count, self.world_size)
-        timeout = 0.0 if all_arrived else time.monotonic() - wait.start
-        verdict = judge(
-            records,
-            wait.record,
-            self.world_size,
-            all_arrived=all_arrived,
-            lost=lost,
-            where=where,
-            timeout=timeout,
-            reason=wait.reason,
-            revoked=is_revoked(count),
-        )
-        return encode_verdict(verdict)
+        facts |= {"all_arrived": has_all(count, self.world_size), "revoked": is_revoked(count), "reason": wait.reason}
+        facts["timeout"] = 0.0 if facts["all_arrived"] else time.monotonic() - wait.start
+        return encode_verdict(judge(records, wait.record, self.world_size, **facts))
 
     def _await_records(self, mine: Record, arrived: int, store: Store) -> None:
         """Give ranks that have arrived a moment ago the time to say so."""

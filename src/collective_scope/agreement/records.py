@@ -15,11 +15,7 @@ from typing import Any
 import attrs
 
 from .process import NOBODY, Place, Process
-from .text import MESSAGE_LIMIT, TRACEBACK_LIMIT, message_of, one_line, shorten, traceback_of, type_name
-
-
-VERDICT_LIMIT = 4 * 2**20
-"""Bytes of a verdict. A TCPStore refuses values over 8 MiB."""
+from .text import MESSAGE_LIMIT, message_of, one_line, shorten, traceback_of, type_name
 
 
 @attrs.frozen
@@ -122,14 +118,14 @@ class Record:
         place = None if self.place is None else attrs.astuple(self.place)
         outcome = None if self.outcome.ok else attrs.astuple(self.outcome)
         rest = (self.cleanups, attrs.astuple(self.process), place, self.answered, self.last_word)
-        return _dump((self.scope, self.stage, self.arrived, outcome, *rest))
+        return dump((self.scope, self.stage, self.arrived, outcome, *rest))
 
     @classmethod
     def decode(cls, text: bytes) -> Record | None:
         """Read what `encode` wrote; None if it is anything else, such as nothing."""
         if text[:1] != b"[":
             return None
-        scope, stage, arrived, outcome, cleanups, process, place, answered, last_word = _load(text)
+        scope, stage, arrived, outcome, cleanups, process, place, answered, last_word = load(text)
         return cls(
             scope,
             stage,
@@ -259,56 +255,14 @@ def everyone(world_size: int) -> tuple[int, ...]:
     return tuple(range(world_size))
 
 
-def encode_verdict(verdict: Verdict) -> bytes:
-    """Write *verdict* for the store, in at most `VERDICT_LIMIT` bytes: the longer it is, the shorter what is in it."""
-    for limit in (MESSAGE_LIMIT + TRACEBACK_LIMIT, 8_192, 1_024, 64, 0):
-        outcomes = {rank: o if o.ok else _shorten_outcome(o, limit) for rank, o in verdict.outcomes.items()}
-        where = {rank: place for rank, place in verdict.where.items() if limit >= 64 * len(verdict.where) // 16}
-        cleanups = {
-            rank: tuple((name, shorten(shown, limit)) for name, shown in each)
-            for rank, each in verdict.cleanups.items()
-        }
-        short = attrs.evolve(verdict, outcomes={}, where=where, cleanups=cleanups)
-        fields = attrs.asdict(short)
-        # Most ranks are well, and there may be many.
-        fields["outcomes"] = {rank: 0 if outcome.ok else attrs.astuple(outcome) for rank, outcome in outcomes.items()}
-        text = _dump(fields)
-        if len(text) <= VERDICT_LIMIT:
-            break
-    return text
-
-
-def _shorten_outcome(outcome: Outcome, limit: int) -> Outcome:
-    return attrs.evolve(
-        outcome,
-        message=shorten(outcome.message, limit),
-        traceback=shorten(outcome.traceback, limit),
-        also=[shorten(line, limit) for line in outcome.also[: limit // 64]],
-    )
-
-
-def decode_verdict(text: bytes) -> Verdict:
-    """Read what `encode_verdict` wrote."""
-    fields = _load(text)
-    # JSON has neither integer keys nor tuples.
-    for name in ("arrived", "missing", "lost", "agreed", "global_ranks"):
-        fields[name] = tuple(fields[name])
-    for name in ("names", "outside"):
-        fields[name] = {int(rank): text for rank, text in fields[name].items()}
-    fields["outcomes"] = {int(rank): Outcome(*o) if o else OK for rank, o in fields["outcomes"].items()}
-    fields["where"] = {
-        int(rank): Place(**{**place, "process": Process(**place["process"])}) for rank, place in fields["where"].items()
-    }
-    fields["cleanups"] = {int(rank): tuple(map(tuple, each)) for rank, each in fields["cleanups"].items()}
-    return Verdict(**fields)
-
-
-def _dump(value: Any) -> bytes:
+def dump(value: Any) -> bytes:
+    """Write *value* as JSON."""
     # A name may hold half of a surrogate pair, which os.fsdecode() makes of odd file names.
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def _load(text: bytes) -> Any:
+def load(text: bytes) -> Any:
+    """Read what `dump` wrote."""
     return json.loads(text.decode("utf-8", "surrogatepass"))
 
 

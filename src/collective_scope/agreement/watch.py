@@ -6,29 +6,25 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
-from .barrier import FIRST_LOOK_S
-from .part import ROOT, Part, Wait
+from .locate import ANSWER_S, Locator
+from .part import ROOT, Part
 from .process import NOBODY, Place, me
 from .records import Record, Verdict
 from .revocation import Revocation
 from .rounds import REPORT, REVOKED, ends_early, has_all, is_around, judge, relation
 from .store_thread import peek
+from .wait import FIRST_LOOK_S, Wait
 
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from .control import Control
-
 READ_AT_ONCE = 4
 """Records of other ranks that are read at each look, in turn, so that large groups do not flood the store."""
-
-ASK_S = 0.5
-"""How long before they are needed ranks are asked where they are; one that has not answered by then will not."""
 
 STAGGER_S = 0.002
 """How much later each rank decides than the one before it, so that not all read all records at once."""
@@ -38,6 +34,20 @@ BEATS_S = 3.0
 
 IN_BODY = "in the body of"
 """The phase in which a rank runs its own program, and may be interrupted."""
+
+
+class Desk(Protocol):
+    """What a span needs of the control thread."""
+
+    spans: dict[int, Span]
+    left: str
+
+    def tell(self, store: Store, item: str) -> int:
+        """Write an item of the news; return its number."""
+
+    def place(self, span: Span | None) -> Place:
+        """Say where the thread is that entered *span*."""
+
 
 What = Literal["waiting", "working", "lost"]
 
@@ -72,7 +82,7 @@ class Span:
         is_left: Whether the rank has left the scope, though a wait of it is still to be ended.
     """
 
-    control: Control
+    control: Desk
     part: Part
     name: str
     thread: int
@@ -93,7 +103,9 @@ class Span:
     _matter: float = attrs.field(default=-1.0, init=False)
     """When the rank came to where it was at the latest look."""
     _has_told: bool = attrs.field(default=False, init=False)
-    _asked: tuple[int, float] = attrs.field(default=(0, 0.0), init=False)
+    _locator: Locator = attrs.field(
+        default=attrs.Factory(lambda self: Locator(self.part, self.control.tell), takes_self=True), init=False
+    )
     _turn: int = attrs.field(default=0, init=False)
     _warnings: Iterator[float] = attrs.field(factory=lambda: iter(()), init=False)
     _warn_at: float = attrs.field(default=float("inf"), init=False)
@@ -127,26 +139,24 @@ class Span:
         if wait is not None:
             self._look_at_wait(store, now, wait, lost)
         self._speak_of_lost(lost - self._mourned, now)
-        if now >= self._warn_at - ASK_S:
-            self._ask(store, now)
+        if now >= self._warn_at - ANSWER_S:
+            self._locator.ask(store, now, self._round_to_skip)
         if now >= self._warn_at:
             self._warn(store, now, wait)
             self._warn_at = next(self._warnings)
 
     def survey(self, store: Store) -> dict[int, Place]:
-        """Ask all ranks where they are, and return what is known a moment later."""
-        self._asked = self.control.tell(store, f"asked {self.part.life} "), time.monotonic()
-        others = self._others()
-        while time.monotonic() < self._asked[1] + ASK_S:
-            self.part.read(store, others)
-            if all(r.answered >= self._asked[0] for rank, r in self.part.records.items() if rank in others):
-                break
-            time.sleep(FIRST_LOOK_S / 2)
-        return self._where(time.monotonic(), others) | {self.part.rank: self.control.place(self)}
+        """Return where all ranks are, having asked them."""
+        return self._locator.survey(store, self._others()) | {self.part.rank: self.control.place(self)}
+
+    @property
+    def _round_to_skip(self) -> str:
+        return "" if self.wait is None else self.wait.record.round
 
     def _begin(self) -> None:
         self._matter = self.since
-        self._has_told, self._asked, self._turn = False, (0, 0.0), 0
+        self._has_told, self._turn = False, 0
+        self._locator.forget()
         if self.warn_after is not None:
             self._warnings = warning_times(self.since, self.warn_after)
             self._warn_at = next(self._warnings)
@@ -161,8 +171,8 @@ class Span:
 
     def _missing(self, wait: Wait | None) -> list[int]:
         """Return the other ranks that are not known to have come to this rank's round."""
-        mine, records = self._mine(wait), self.part.records
-        return [r for r in self._others() if r not in records or not _is_there(records[r], mine)]
+        mine, records = self._mine(wait).round, self.part.records
+        return [r for r in self._others() if r not in records or not records[r].arrived or records[r].round != mine]
 
     def _tell(self, store: Store, wait: Wait) -> None:
         """Tell that this rank waits; one that had nothing to report has told nothing so far."""
@@ -238,51 +248,19 @@ class Span:
             if not record.outcome.ok and relation(record, wait.record) == "here":
                 wait.deadline = min(wait.deadline, max(now, wait.start) + wait.failure_timeout)
         is_split = any(ends_early(record, wait.record) for record in peers.values())
-        deadline = wait.deadline + min(ASK_S, STAGGER_S * self.part.rank)
+        deadline = wait.deadline + min(ANSWER_S, STAGGER_S * self.part.rank)
         if not is_split and not lost and now < deadline:
-            if now >= wait.deadline - 2 * ASK_S:
-                self._ask(store, now)
+            if now >= wait.deadline - 2 * ANSWER_S:
+                self._locator.ask(store, now, self._round_to_skip)
             return
+        missing = self._missing(wait)
         if not is_split and not wait.reason and not lost:
-            self._ask(store, now)
-            if now < self._asked[1] + ASK_S and not self._have_answered(store, wait):
+            self._locator.ask(store, now, self._round_to_skip)
+            if self._locator.has_time(now) and not self._locator.have_answered(store, missing):
                 return
-        self.part.decide(wait, store, lost, self._where(now, {*self._missing(wait), *lost}))
+        self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
         if wait.reason:
             wait.over = True
-
-    def _ask(self, store: Store, now: float) -> None:
-        """Ask the ranks that are not here where they are, unless that has been done a moment ago."""
-        if now > self._asked[1] + 2 * ASK_S + 0.1:
-            round_ = "" if self.wait is None else self.wait.record.round
-            self._asked = self.control.tell(store, f"asked {self.part.life} {round_}"), now
-
-    def _have_answered(self, store: Store, wait: Wait | None) -> bool:
-        missing = self._missing(wait)
-        self.part.read(store, missing)
-        records = self.part.records
-        return all(
-            rank not in records or records[rank].answered >= self._asked[0] or records[rank].last_word
-            for rank in missing
-        )
-
-    def _where(self, now: float, ranks: Iterable[int]) -> dict[int, Place]:
-        """Return where *ranks* are, by their own account or, failing that, by the system's."""
-        places = {}
-        for rank in ranks:
-            record = self.part.records.get(rank)
-            if record is None or record.process == NOBODY:
-                continue
-            state = record.process.state()
-            if record.place is not None and record.answered >= self._asked[0] > 0:
-                seconds = record.place.seconds and record.place.seconds + now - self._asked[1]
-                places[rank] = attrs.evolve(record.place, state=state, seconds=seconds)
-            elif record.last_word:
-                places[rank] = Place(record.process, state, phase=record.last_word)
-            else:
-                asked = self._asked[1] or now
-                places[rank] = Place(record.process, state, silence=now - asked)
-        return places
 
     def _facts(self, now: float, wait: Wait | None, lost: Iterable[int], where: dict[int, Place]) -> Verdict:
         mine, size = self._mine(wait), self.part.world_size
@@ -293,16 +271,16 @@ class Span:
         """Say at once which ranks are gone. A rank that waits is told by the verdict."""
         if ranks and self.is_idle and self.warn_after is not None:
             self._mourned |= ranks
-            self.speak("lost", self._facts(now, None, ranks, self._where(now, ranks)), now - self.since)
+            self.speak("lost", self._facts(now, None, ranks, self._locator.where(now, ranks)), now - self.since)
 
     def _warn(self, store: Store, now: float, wait: Wait | None) -> None:
         """Say which ranks are late and where they are: each rank that waits, or one for all that are at work."""
         if wait is None and not self._speaks_for_all(store):
             return
-        self._have_answered(store, wait)
+        self._locator.have_answered(store, self._missing(wait))
         if wait is not None and (wait.over or not self._missing(wait)):
             return  # those that were missing may have come while they were asked
-        where = self._where(now, self._missing(wait))
+        where = self._locator.where(now, self._missing(wait))
         if wait is None:
             where[self.part.rank] = self.control.place(self)
         facts = self._facts(now, wait, self.part.lost, where)
@@ -314,16 +292,10 @@ class Span:
             return False
         for rank in range(self.part.rank):
             self.part.read(store, [rank])
-            record = self.part.records.get(rank)
-            if rank not in self.part.lost and record is not None and record.place is not None:
-                is_in = record.answered >= self._asked[0] and record.place.scope.startswith(self.path)
-                if is_in:
-                    return False
+            answer = self._locator.has_answer_of(rank)
+            if rank not in self.part.lost and answer is not None and answer.scope.startswith(self.path):
+                return False
         return True
-
-
-def _is_there(record: Record, mine: Record) -> bool:
-    return record.arrived and record.round == mine.round
 
 
 def warning_times(start: float, after: float) -> Iterator[float]:

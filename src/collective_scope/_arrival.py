@@ -1,0 +1,142 @@
+"""How a scope meets its peers: what went wrong is told, and the rank arrives at a barrier."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from . import _torch
+from ._cleanups import Cleanup
+from ._kill import Killer
+from ._membership import Membership
+from ._registry import Registry
+from .agreement.barrier import Barrier, verdict_alone
+from .agreement.process import me
+from .agreement.records import Listed, Record, Verdict
+from .agreement.text import shorten, type_name
+from .agreement.wait import Wait
+from .agreement.watch import Span
+
+
+__tracebackhide__ = True
+"""Where pytest leaves frames out: between the line with the scope and the line that failed, these tell nothing."""
+
+
+@attrs.frozen
+class Options:
+    """How a scope behaves; times in seconds. `collective_scope` says what they mean."""
+
+    timeout: float
+    failure_timeout: float
+    warn_after: float | None
+    heartbeat_timeout: float
+    kill_after: float | None
+    synchronize: bool
+    lockstep_gc: bool
+    meet_at_entry: bool
+    history: list[tuple[float, str]] | None = None
+    """Where to note each phase and when it began, on the monotonic clock; None if that is not wanted."""
+
+
+@attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
+class Arrival(Registry):
+    """The part of a scope that talks to its peers."""
+
+    _group: Any
+    _options: Options
+    _given: tuple[Callable[[], object], ...]
+    verdict: Verdict | None = attrs.field(default=None, init=False)
+    _membership: Membership | None = attrs.field(default=None, init=False)
+    _barrier: Barrier | None = attrs.field(default=None, init=False)
+    _path: str = attrs.field(default="", init=False)
+    _inner: int = attrs.field(default=0, init=False)
+    """How many scopes on the same group have been entered directly within this one."""
+    _parent: Any = attrs.field(default=None, init=False)
+    _told: BaseException | None = attrs.field(default=None, init=False)
+    """What an inner scope raised; it is logged already."""
+    _span: Span | None = attrs.field(default=None, init=False)
+    _killer: Killer | None = attrs.field(default=None, init=False)
+    _stage: str = attrs.field(default="exit", init=False)
+    """What it is called."""
+    _arrived_at: str = attrs.field(default="", init=False)
+    """The stage that this rank came to last."""
+    _wait: Wait | None = attrs.field(default=None, init=False)
+    """Its wait there."""
+
+    def _arrive(self, stage: str) -> Verdict:
+        is_entry, options, barrier = stage == "entry", self._options, self._barrier
+        listed: tuple[Listed, ...] = ()
+        if self._cleanups and not is_entry:
+            listed = tuple(self._listed(name, cleanup) for name, cleanup in self._cleanups.collective().items())
+        record = self._record(stage, listed)
+        if barrier is None:
+            return verdict_alone(record)
+        # A rank that is stuck in an earlier scope must not cost each further one a whole timeout.
+        timeout = min(options.timeout, options.failure_timeout) if is_entry else options.timeout
+        if self._killer is not None:
+            timeout = min(timeout, max(0.0, self._killer.at - time.monotonic()))
+        started = functools.partial(self._note_arrival, stage)
+        return barrier.arrive(record, timeout, options.failure_timeout, started)
+
+    def _note_arrival(self, stage: str, wait: Wait) -> None:
+        self._arrived_at, self._wait = stage, wait
+        span = self._span
+        if span is not None:
+            span.stage, span.wait = stage, wait
+            span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
+
+    def _record(self, stage: str, listed: tuple[Listed, ...] = ()) -> Record:
+        return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed, me())  # noqa: FBT003
+
+    def _listed(self, name: str, cleanup: Cleanup) -> Listed:
+        """Return a collective cleanup as the ranks compare it."""
+        if cleanup.fingerprint is None:
+            return name, "", ""
+        try:
+            text = repr(cleanup.fingerprint())
+        except BaseException as error:
+            self._fail(f"fingerprint of cleanup {name!r}", error)
+            return name, f"raised on {os.getpid()}", f"raised {type_name(error)}"
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return name, digest, shorten(text, 1000)
+
+    def _guard(self, phase: str, call: Callable[[], object], place: str = "") -> None:
+        """Call; keep what it raises, a KeyboardInterrupt included, so that what comes next is reached."""
+        if self._span is not None:
+            self._span.enter(f"in {phase}{place} of")
+        try:
+            call()
+        except BaseException as error:
+            self._fail(phase, error)
+
+    def _fail(self, phase: str, error: BaseException) -> None:
+        """Note that *error* was raised in *phase*; then tell the peers, if it is the first; then log it."""
+        barrier, span = self._barrier, self._span
+        if span is not None:
+            span.has_failed = True
+            if span.revocation is not None and span.revocation.is_begun:
+                phase = f"{phase}, after the group was revoked"
+        self._failures.raised.append((phase, error))
+        if barrier is not None and len(self._failures.raised) == 1 and self._path and not self._is_past_barrier:
+            barrier.publish(self._record(self._stage))
+        # A body that has made the group, and failed, has no barrier yet.
+        rank, world_size = _torch.place_in_world() if barrier is None else (barrier.rank, barrier.world_size)
+        if error is not self._told:  # what an inner scope raised is in the log already
+            try:
+                self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size)
+            except BaseException as broken:  # of a handler: it must keep nobody from the barrier
+                self._failures.raised.append(("log", broken))
+
+    def _find(self) -> None:
+        """Look the group up, unless that has been found."""
+        raise NotImplementedError
+
+    def _appear(self) -> None:
+        """Let the control thread see this scope."""
+        raise NotImplementedError

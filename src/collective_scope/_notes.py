@@ -1,0 +1,74 @@
+"""Facts in, text out: what is said of one rank, in its log and on its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .agreement.text import message_of, one_line, type_name
+
+
+MISNESTING_ADVICE = (
+    "Scopes are left in the reverse order in which they were entered, by the thread that entered them. Usual\n"
+    "  causes: a scope around the yield of a generator that is not closed in order, __exit__() called by hand,\n"
+    "  two threads on one group. The peers are told that this rank failed; later scopes work again."
+)
+
+
+def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
+    """Introduce the traceback in the log of the rank that failed."""
+    if world_size == 1:
+        return f"scope {scope!r} failed, {phase}"
+    is_late = phase.startswith("after_barrier")
+    told = "after the barrier, so its peers are not told" if is_late else "its peers are told"
+    return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; {told}"
+
+
+def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
+    """Mention a later error on the one that is raised."""
+    kind, message = type_name(exc), message_of(exc)
+    return f"In addition, {phase}: {f'{kind}: {message}' if in_full else one_line(kind, message)}"
+
+
+def skipped(cleanups: Iterable[object]) -> str:
+    """Mention cleanups that a rank may not run alone, or not while another rank is missing."""
+    return (
+        "Not run, because the ranks could not agree to run it together or not all of them came: "
+        + ", ".join(map(str, cleanups))
+        + ". What it refers to is kept alive until the process ends."
+    )
+
+
+def not_entered(scope: str) -> str:
+    """Say that a scope was refused because one around it is over."""
+    return f"The body of scope {scope!r} was not run."
+
+
+def left_out_of_order(scope: str, what: str) -> str:
+    """Say that a scope was not left by the rules."""
+    return f"scope {scope!r} was left {what}\n  {MISNESTING_ADVICE}"
+
+
+def cannot_be_freed(scope: str, reason: str) -> str:
+    """Say why a process is ended that nothing else can free."""
+    return f"scope {scope!r}: {reason}; this process is ended now"
+
+
+def group_is_gone(scope: str, since: str) -> str:
+    """Warn that a scope ends without its peers."""
+    return (
+        f"scope {scope!r}: there is no default group any more; it was there until scope {since!r}."
+        " This rank leaves alone, and runs no collective cleanup."
+    )
+
+
+def group_came_and_went(scope: str) -> str:
+    """Warn that a scope ends without the peers that its body had."""
+    return (
+        f"scope {scope!r}: its body made a default group and destroyed it, so there is no barrier."
+        " Enter a scope within, around the part that uses the group."
+    )
+
+
+def group_was_destroyed(scope: str) -> str:
+    """Warn that a group is not there any more, although its barrier works."""
+    return f"scope {scope!r}: the process group was destroyed in the body; the barrier goes over its store"

@@ -1,0 +1,103 @@
+"""All that is asked of torch, its private names included; nothing else in the package knows those."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+
+
+def default_group() -> ProcessGroup | None:
+    """Return the default group; None if there is none."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def place_in_world() -> tuple[int, int]:
+    """Return this process's rank in the default group, and that group's size; 0 of 1 without one."""
+    is_there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if is_there else (0, 1)
+
+
+def is_destroyed(group: object) -> bool:
+    """Whether *group* is a process group that torch knew and knows no more."""
+    if not isinstance(group, dist.ProcessGroup) or group in dist.distributed_c10d._world.pg_map:  # noqa: SLF001
+        return False
+    try:
+        name = group.group_name
+    except RuntimeError:  # made by hand, and never known to torch
+        return False
+    try:
+        torch._C._distributed_c10d._resolve_process_group(name)  # noqa: SLF001
+    except RuntimeError:
+        return True
+    return False
+
+
+def trace_of_a_default_group() -> object:
+    """Return something that changes when a default group is made: torch puts its rank into ``sys.excepthook``."""
+    return sys.excepthook
+
+
+def has_appeared(trace: object) -> bool:
+    """Whether a default group has been made since `trace_of_a_default_group` returned *trace*."""
+    return sys.excepthook is not trace and getattr(sys.excepthook, "__name__", "") == "_distributed_excepthook"
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has an accelerator that torch can use."""
+    return torch.accelerator.current_accelerator() is not None
+
+
+def synchronize_accelerator() -> None:
+    """Wait for the work that this process has given its accelerator, if it uses one."""
+    device = torch.accelerator.current_accelerator()
+    # A process that has not touched its accelerator shall not create a context on it now.
+    is_initialized = getattr(torch.get_device_module(device), "is_initialized", None)
+    if is_initialized is None or is_initialized():
+        torch.accelerator.synchronize()
+
+
+def store_of(group: ProcessGroup) -> Store | None:
+    try:
+        store = group.get_group_store()
+    except RuntimeError:  # a group that is written in Python has none in C++
+        store = None
+    if store is None and group in dist.distributed_c10d._world.pg_map:  # noqa: SLF001
+        store = dist.distributed_c10d._world.pg_map[group][1]  # noqa: SLF001
+    return store
+
+
+def all_groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []  # noqa: SLF001
+
+
+def is_nccl(group: dist.ProcessGroup) -> bool:
+    if not dist.is_nccl_available() or not torch.cuda.is_available():
+        return False
+    try:
+        return "nccl" in group._get_backend(torch.device("cuda")).name().lower()  # noqa: SLF001
+    except RuntimeError:
+        return False
+
+
+def abort_nccl(groups: list[dist.ProcessGroup]) -> None:
+    """Abort the NCCL communicators of *groups*, as far as torch still knows them."""
+    known = [group for group in groups if group in all_groups() and is_nccl(group)]
+    abort = dist.distributed_c10d._abort_process_group  # noqa: SLF001  (torch has no other way)
+    if dist.group.WORLD in known:
+        abort()  # of all groups at once: one after the other, they may wait for each other
+    else:
+        for group in known:
+            abort(group)
+
+
+def forget_unfinished_groups() -> None:
+    """Let torch name the next group like the first: it counts one that was not made to the end."""
+    if not dist.is_initialized():
+        dist.distributed_c10d._world.group_count = 0  # noqa: SLF001

@@ -1,0 +1,87 @@
+"""Where the ranks of a group are: ask them, and read what they or the system say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from .part import POLL_S, Part
+from .process import NOBODY, Place
+
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+ANSWER_S = 0.5
+"""How long before they are needed ranks are asked where they are; one that has not answered by then will not."""
+
+
+@attrs.define(eq=False)
+class Locator:
+    """
+    What one rank knows of where the others are. Belongs to the control thread.
+
+    Args:
+        part: The rank's part in the rounds of its group.
+        tell: Writes an item of the news; returns its number.
+
+    Attributes:
+        asked_at: When the ranks were last asked, on the monotonic clock; 0 if they were not.
+    """
+
+    part: Part
+    tell: Callable[[Store, str], int]
+    asked_at: float = attrs.field(default=0.0, init=False)
+    _number: int = attrs.field(default=0, init=False)
+
+    def forget(self) -> None:
+        """Take earlier answers for old."""
+        self.asked_at, self._number = 0.0, 0
+
+    def ask(self, store: Store, now: float, round_: str) -> None:
+        """Ask all ranks that are not in *round_*, unless that has been done a moment ago."""
+        if now > self.asked_at + 2 * ANSWER_S + POLL_S:
+            self._number, self.asked_at = self.tell(store, f"asked {self.part.life} {round_}"), now
+
+    def has_time(self, now: float) -> bool:
+        """Whether an answer may still come."""
+        return now < self.asked_at + ANSWER_S
+
+    def have_answered(self, store: Store, ranks: list[int]) -> bool:
+        """Read the records of *ranks*; return whether all that can answer have."""
+        self.part.read(store, ranks)
+        known = [self.part.records[rank] for rank in ranks if rank in self.part.records]
+        return all(record.answered >= self._number or record.last_word for record in known)
+
+    def has_answer_of(self, rank: int) -> Place | None:
+        """Return where *rank* said that it is, when it was last asked."""
+        record = self.part.records.get(rank)
+        return record.place if record is not None and record.answered >= self._number > 0 else None
+
+    def where(self, now: float, ranks: Iterable[int]) -> dict[int, Place]:
+        """Return where *ranks* are, by their own account or, failing that, by the system's."""
+        places = {}
+        for rank in ranks:
+            record = self.part.records.get(rank)
+            if record is None or record.process == NOBODY:
+                continue
+            state, answer = record.process.state(), self.has_answer_of(rank)
+            if answer is not None:
+                seconds = answer.seconds and answer.seconds + now - self.asked_at
+                places[rank] = attrs.evolve(answer, state=state, seconds=seconds)
+            elif record.last_word:
+                places[rank] = Place(record.process, state, phase=record.last_word)
+            else:
+                places[rank] = Place(record.process, state, silence=now - (self.asked_at or now))
+        return places
+
+    def survey(self, store: Store, ranks: list[int]) -> dict[int, Place]:
+        """Ask *ranks*, whatever they do, and return where they are a moment later."""
+        self.forget()
+        self.ask(store, time.monotonic(), "")
+        while self.has_time(time.monotonic()) and not self.have_answered(store, ranks):
+            time.sleep(POLL_S / 2)
+        return self.where(time.monotonic(), ranks)

@@ -1,0 +1,70 @@
+"""
+One wait of one rank, and what its threads share.
+
+These fields are shared between threads:
+
+=================  =========================================  =============================
+field              written by                                 read by
+=================  =========================================  =============================
+Wait.record        the rank's thread; once more, if it is     the store and control threads
+                   interrupted
+Wait.deadline      the rank's thread; the control thread      both
+                   moves it forward when a failure is known
+Wait.reason        the rank's thread, when it ends the wait   the store and control threads
+Wait.counted       the store thread, when the store has       the control thread
+                   counted the rank
+Wait.over          the rank's thread; the control thread,     the control thread
+                   for a wait that the rank has given up
+Part.life      the store thread, when it joins            all
+Part.told      the store and control threads, under a     the same
+                   lock
+Part.records,  the control thread                         the same
+``.lost``,
+``.revoked``
+Part.items     the store thread: news that it wrote       the control thread
+all other fields   the store thread                           the store thread
+=================  =========================================  =============================
+"""
+
+from __future__ import annotations
+
+from queue import SimpleQueue
+from typing import Any
+
+import attrs
+
+from .records import Record, Verdict
+
+
+FIRST_LOOK_S = 0.05
+"""How long a rank waits before anything is looked for, and its peers are told that it waits."""
+
+
+@attrs.define(eq=False)
+class Wait:
+    """
+    One wait of one rank at one round.
+
+    Attributes:
+        record: What the rank tells there.
+        start: When the wait began, on the monotonic clock.
+        deadline: When it ends, on the same clock.
+        failure_timeout: Longest wait in seconds from the moment at which a failure is known.
+        earlier: The verdict of the entry before, if not all came to that, and the record with which they were missed.
+        replies: Where the verdict appears.
+        reason: Why the rank ends it before its time; empty if it does not.
+        counted: Whether the store has counted the rank as arrived.
+        reply: What appeared there.
+        over: Whether nobody waits any more.
+    """
+
+    record: Record
+    start: float
+    deadline: float
+    failure_timeout: float
+    earlier: tuple[Verdict, Record] | None
+    replies: SimpleQueue[Any]
+    reason: str = ""
+    counted: bool = False
+    reply: Any = None
+    over: bool = False
