@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from collective_scope.agreement.barrier import Barrier
 from collective_scope.agreement.control import Control
-from collective_scope.agreement.part import Part, Wait
+from collective_scope.agreement.part import Part
 from collective_scope.agreement.process import me
 from collective_scope.agreement.records import Outcome, Record, Verdict
 from collective_scope.agreement.rounds import name_of
+from collective_scope.agreement.wait import Wait
 from collective_scope.agreement.watch import Span
 from tests.ranks import Sequencer, run_threads, values
 
@@ -189,7 +190,8 @@ class Rank:
 
     def __attrs_post_init__(self) -> None:
         self.control = Control(self.store.clone, self.store if self.serves else None, serves=self.serves)
-        part = Part(self.store.clone, self.rank, self.world_size, self.control.heard)
+        process = attrs.evolve(me(), serves=self.serves)
+        part = Part(self.store.clone, self.rank, self.world_size, self.control.heard, process)
         self.control.groups[id(part)] = part
         self.barrier = Barrier(part, self.control, self.server)
 
@@ -203,7 +205,7 @@ class Rank:
         """Be in a scope at *path*, as far as the agreement knows of it; it is left without a barrier."""
         speak = lambda what, facts, _: self.said.append((what, facts))  # noqa: E731
         thread = threading.get_ident()
-        span = Span(self.control, self.part, name_of(path), thread, None, warn_after, self.silence, speak, path)
+        span = Span(self.control, self.part, name_of(path), thread, None, warn_after, self.silence, speak, path=path)
         self.control.spans[id(span)] = span
         self._spans.append(span)
         self.barrier.join()
@@ -218,7 +220,7 @@ class Rank:
 
     def record(self, path: str = "0 scope", stage: str = "exit", **fields: Any) -> Record:
         """Return what it tells there."""
-        return Record(path, stage, **{"arrived": True, "process": me(), **fields})
+        return Record(path, stage, **{"arrived": True, **fields})
 
     def arrive(
         self,

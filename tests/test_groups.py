@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from collective_scope import PeerFailedError, _groups, _mpi, collective_scope, current_scope
+from collective_scope import PeerFailedError, _membership, _mpi, collective_scope, current_scope
 from collective_scope._groups import find
 from tests.ranks import RankPool, Sequencer, run_ranks, run_threads, values
 from tests.stores import LONG_S, PATIENCE_S, RankGroup, meet, wait_until
@@ -250,7 +250,7 @@ def test_group_asked_for_again_has_the_same_barrier_until_it_is_gone(store: dist
     gc.collect()
 
     assert wait_until(lambda: control.broken is not None)
-    assert not _groups._controls  # noqa: SLF001  (a thread a store would be left otherwise)
+    assert not _membership._controls  # noqa: SLF001  (a thread a store would be left otherwise)
 
 
 @pytest.mark.parametrize(
@@ -271,22 +271,22 @@ def test_group_host_of_a_tcp_store_elsewhere_is_taken_for_global_rank_0_or_the_a
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     if variable is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", variable)
-    monkeypatch.setattr(_groups, "serves_store", lambda _: False)
+    monkeypatch.setattr(_membership, "serves_store", lambda _: False)
     store = dist.PrefixStore("a", dist.PrefixStore("b", dist.TCPStore("127.0.0.1", 0, 1, is_master=True)))
 
-    assert server == _groups._server(store, ranks, 1)  # noqa: SLF001
+    assert server == _membership._server(store, ranks, 1)  # noqa: SLF001
 
 
 def test_group_host_of_a_tcp_store_knows_that_it_is() -> None:
     """The rank in whose process the store lives needs no guess, whichever it is."""
     store = dist.PrefixStore("a", dist.TCPStore("127.0.0.1", 0, 1, is_master=True))
 
-    assert 1 == _groups._server(store, [0, 1], 1)  # noqa: SLF001
+    assert 1 == _membership._server(store, [0, 1], 1)  # noqa: SLF001
 
 
 def test_group_store_that_no_rank_serves_has_no_host(store: dist.Store) -> None:
     """Where no process serves the store, no rank needs to stay."""
-    assert None is _groups._server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001
+    assert None is _membership._server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001
 
 
 def test_store_whose_server_is_gone_is_not_asked_for_minutes() -> None:
@@ -296,7 +296,7 @@ def test_store_whose_server_is_gone_is_not_asked_for_minutes() -> None:
     del server
 
     with pytest.raises(RuntimeError, match=r"^the group's store at 127\.0\.0\.1, port \d+, is gone: "):
-        _groups._clone(lambda: client)  # noqa: SLF001  (what every thread connects with)
+        _membership._clone(lambda: client)  # noqa: SLF001  (what every thread connects with)
 
 
 def test_store_that_is_cut_off_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_store_that_is_cut_off_for_a_moment_is_tried_again(monkeypatch: pytest.M
 
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(socket, "create_connection", cut_off)
-    _groups._clone(lambda: server).set("key", "value")  # noqa: SLF001  (as above)
+    _membership._clone(lambda: server).set("key", "value")  # noqa: SLF001  (as above)
 
     assert b"value" == server.get("key")
 

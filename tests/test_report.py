@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
-from collective_scope import Outcome, Verdict, _report
+from collective_scope import Outcome, Verdict, _notes, _report
 from collective_scope._cleanups import Cleanup
 from collective_scope.agreement.process import Place, Process
 from collective_scope.agreement.records import OK
@@ -412,7 +412,7 @@ def test_cleanups_differ_names_lists_and_fingerprints(agreed: tuple[str, ...], w
 )
 def test_failed_here_names_rank_scope_and_phase(rank: int, world_size: int, phase: str, text: str) -> None:
     """The log line before a traceback says whose it is, and speaks of peers only where they are told."""
-    assert text == _report.failed_here(rank, world_size, "ep4", phase)
+    assert text == _notes.failed_here(rank, world_size, "ep4", phase)
 
 
 @pytest.mark.parametrize(
@@ -424,13 +424,13 @@ def test_failed_here_names_rank_scope_and_phase(rank: int, world_size: int, phas
 )
 def test_attached_error_has_phase_type_and_message(text: str, *, in_full: bool) -> None:
     """A note about a later error tells it in full, or in a line where it has been told before."""
-    assert text == _report.attached(ValueError("two\nlines"), "cleanup 'free'", in_full=in_full)
+    assert text == _notes.attached(ValueError("two\nlines"), "cleanup 'free'", in_full=in_full)
 
 
 def test_skipped_cleanups_are_named_with_their_place() -> None:
     """What a rank did not run is told with the place of its registration, and what becomes of it."""
     cleanups = [Cleanup(print, name, f"t.py:{line}") for line, name in enumerate("ab")]
-    text = _report.skipped(cleanups)
+    text = _notes.skipped(cleanups)
 
     assert "cleanup 'a' (registered at t.py:0), cleanup 'b' (registered at t.py:1)" in text
     assert text.endswith("kept alive until the process ends.")
@@ -438,7 +438,7 @@ def test_skipped_cleanups_are_named_with_their_place() -> None:
 
 def test_scope_left_out_of_order_says_what_happened_and_the_rule() -> None:
     """Misnesting is told with what was wrong, the rule, and the usual causes."""
-    lines = _report.left_out_of_order("ep4", "by another thread").splitlines()
+    lines = _notes.left_out_of_order("ep4", "by another thread").splitlines()
 
     assert "scope 'ep4' was left by another thread" == lines[0]
     assert "Scopes are left in the reverse order" in lines[1]

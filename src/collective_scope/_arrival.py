@@ -17,7 +17,6 @@ from ._kill import Killer
 from ._membership import Membership
 from ._registry import Registry
 from .agreement.barrier import Barrier, verdict_alone
-from .agreement.process import me
 from .agreement.records import Listed, Record, Verdict
 from .agreement.text import shorten, type_name
 from .agreement.wait import Wait
@@ -92,7 +91,7 @@ class Arrival(Registry):
             span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
 
     def _record(self, stage: str, listed: tuple[Listed, ...] = ()) -> Record:
-        return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed, me())  # noqa: FBT003
+        return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed)  # noqa: FBT003
 
     def _listed(self, name: str, cleanup: Cleanup) -> Listed:
         """Return a collective cleanup as the ranks compare it."""

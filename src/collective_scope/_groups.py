@@ -92,7 +92,7 @@ def find(group: GroupLike) -> tuple[Membership, object] | None:  # noqa: PLR0911
 
 
 def _of_process_group(group: ProcessGroup) -> Membership:
-    membership = memberships.get(group)
+    membership = memberships.get(id(group))
     if is_destroyed(group):
         msg = "group was destroyed, or belongs to an earlier init_process_group"
         raise ValueError(msg)
@@ -111,6 +111,5 @@ def _of_communicator(comm: Any) -> Membership:
     if membership is None:
         found = store_of_communicator(comm)
         membership = outside() if found is None else make(comm, found, comm.Get_rank(), comm.Get_size(), None)
-        membership.store = found
         remember(membership, lambda: end(membership))
     return membership

@@ -17,7 +17,7 @@ from ._torch import default_group, store_of
 from .agreement.barrier import Barrier
 from .agreement.control import Control
 from .agreement.part import Part
-from .agreement.process import serves_store
+from .agreement.process import me, serves_store
 from .agreement.revocation import Renewal
 from .agreement.store_thread import base_of, knock
 
@@ -37,7 +37,7 @@ class Membership:
         barrier: The rank's barrier; None if it has no peers.
         renewal: The group itself, if it can be revoked and made again.
         open: The scopes on this group that have been entered and not left, outermost first.
-        store: The group's store, if only this keeps it: it has to outlive a group that the body destroys.
+        store: The group's store: this object has to stay as long as the group, also where only C++ knows it.
     """
 
     barrier: Barrier | None = None
@@ -46,7 +46,9 @@ class Membership:
     open: list[Any] = attrs.field(factory=list, init=False)
 
 
-memberships: weakref.WeakKeyDictionary[Any, Membership] = weakref.WeakKeyDictionary()
+memberships: dict[int, Membership] = {}
+"""By the identity of what each belongs to, which may be equal to another, or have no hash."""
+
 _controls: dict[tuple[object, ...], Control] = {}
 _making = threading.Lock()
 
@@ -71,16 +73,17 @@ def of_store(owner: object, store: Any, rank: int, world_size: int, ranks: list[
     """Return the membership that belongs to *owner*, the group; it ends with that."""
     if world_size == 1 and not isinstance(owner, Renewal):
         return outside()
-    try:
-        membership = memberships.get(owner)
-    except TypeError as error:
-        msg = f"group must be an object that can be weakly referenced (got {owner!r})"
-        raise TypeError(msg) from error
+    membership = memberships.get(id(owner))
     if membership is None:
+        try:
+            weakref.ref(owner)
+        except TypeError as error:
+            msg = f"group must be an object that can be weakly referenced (got {owner!r})"
+            raise TypeError(msg) from error
         membership = outside() if world_size == 1 else make(owner, store, rank, world_size, ranks)
         membership.renewal = owner if isinstance(owner, Renewal) else None
-        memberships[owner] = membership
-        weakref.finalize(owner, end, membership)
+        memberships[id(owner)] = membership
+        weakref.finalize(owner, end, membership, id(owner))
     return membership
 
 
@@ -91,11 +94,11 @@ def make(owner: object, store: Any, rank: int, world_size: int, ranks: list[int]
     ranks = ranks or list(range(world_size))
     connect = functools.partial(_clone, weakref.ref(store))
     control = _control(store, connect)
-    part = Part(connect, rank, world_size, control.heard)
+    part = Part(connect, rank, world_size, control.heard, attrs.evolve(me(), serves=control.serves))
     control.groups[id(part)] = part
     global_ranks = () if ranks == list(range(world_size)) else tuple(ranks)
     barrier = Barrier(part, control, _server(store, ranks, rank), global_ranks)
-    return Membership(barrier, store if control.serves else None)
+    return Membership(barrier, store)
 
 
 def _can_be_cloned(store: Store) -> bool:
@@ -128,8 +131,10 @@ def _control(store: Store, connect: Callable[[], Store]) -> Control:
     return control
 
 
-def end(membership: Membership) -> None:
-    """Leave a group that has been destroyed here."""
+def end(membership: Membership, owner: int = 0) -> None:
+    """Leave a group that has been destroyed here; *owner* is the identity of what the membership belonged to."""
+    if memberships.get(owner) is membership:
+        del memberships[owner]
     barrier = membership.barrier
     if barrier is not None and barrier.control.pid == os.getpid():
         after = f" after scope {barrier.control.left!r}" if barrier.control.left else ""

@@ -43,6 +43,8 @@ class Teardown(Arrival):
     """Whether the group was not found at the entry."""
     _kept: Any = attrs.field(default=None, init=False)
     _trace: object = attrs.field(default=None, init=False)
+    _has_lost_its_group: bool = attrs.field(default=False, init=False)
+    """Whether there were peers, and are none any more."""
     _is_orphan: bool = attrs.field(default=False, init=False)
     """Whether a scope around this one was left first."""
     _gc_was_enabled: bool = attrs.field(default=False, init=False)
@@ -124,6 +126,7 @@ class Teardown(Arrival):
         if self._membership is None:
             if self._group is None and _last_with_default_group:
                 logger.warning("%s", _notes.group_is_gone(self.name, _last_with_default_group[0]))
+                self._has_lost_its_group = True
             elif self._group is None and _torch.has_appeared(self._trace):
                 logger.warning("%s", _notes.group_came_and_went(self.name))
             return
@@ -146,12 +149,14 @@ class Teardown(Arrival):
                 self._run(top)
             elif self._agreed is None:
                 self._meet()
-                if self._agreed is None:
+                if self._agreed is None or self._has_lost_its_group:
                     return
             elif top is None or self._name_of(top) in self._agreed:
                 number = self._number + 1
                 # One line: either this cleanup is the one to be run, before the next barrier, or nothing has changed.
                 self._chosen, self._agreed, self._number, self._stage = top, None, number, f"exit {number}"
+                if self._span is not None:
+                    self._span.stage = self._stage
             else:
                 self._skip(top)
 

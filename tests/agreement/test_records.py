@@ -107,7 +107,9 @@ def _sent(outcome: Outcome) -> Outcome:
     """Return what a peer reads of *outcome*, first as a record, then as part of the verdict."""
     record = Record.decode(Record("0 scope", "exit", True, outcome).encode())  # noqa: FBT003
     assert record is not None
-    return decode_verdict(encode_verdict(Verdict("scope", 1, (0,), outcomes={0: record.outcome}))).outcomes[0]
+    return decode_verdict(encode_verdict(Verdict("scope", 1, (0,), outcomes={0: record.outcome})), record, 1).outcomes[
+        0
+    ]
 
 
 # Travelling
@@ -128,7 +130,7 @@ def test_record_of_something_else_is_none(text: bytes) -> None:
 @given(_verdicts)
 def test_verdict_any_content_round_trips(verdict: Verdict) -> None:
     """A verdict is read as it was written, with the types it was written with."""
-    read = decode_verdict(encode_verdict(verdict))
+    read = decode_verdict(encode_verdict(verdict), Record(), 1)
 
     assert verdict == read
     assert attrs.asdict(verdict) == attrs.asdict(read)
@@ -183,7 +185,7 @@ def test_verdict_any_content_round_trips(verdict: Verdict) -> None:
 def test_verdict_however_much_there_is_to_say_stays_within_the_limit_of_a_store(verdict: Verdict) -> None:
     """A verdict is never longer than a store takes; what is left out is detail, never a rank."""
     text = encode_verdict(verdict)
-    read = decode_verdict(text)
+    read = decode_verdict(text, Record(), 1)
 
     assert len(text) <= VERDICT_LIMIT < 8 * 2**20
     assert (verdict.arrived, verdict.missing, verdict.lost) == (read.arrived, read.missing, read.lost)

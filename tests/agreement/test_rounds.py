@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from collective_scope import Outcome
 from collective_scope.agreement.process import Place, Process
 from collective_scope.agreement.records import OK, Listed, Record
-from collective_scope.agreement.wire import encode_verdict
 from collective_scope.agreement.rounds import (
     ARRIVED,
     NAME_LIMIT,
@@ -36,6 +35,7 @@ from collective_scope.agreement.rounds import (
     scopes_around,
     still_refused,
 )
+from collective_scope.agreement.wire import encode_verdict
 
 
 _FAILED = Outcome("body", "ValueError", "no", order=1)

@@ -17,11 +17,8 @@ from .records import Outcome, Record, Verdict
 from .rounds import all_ok, judge
 from .store_thread import Failed, Job, StoreThread, next_reply
 from .text import one_line, type_name
-from .wait import FIRST_LOOK_S, Wait
+from .wait import FIRST_LOOK_S, GRACE_S, Decided, Wait
 
-
-GRACE_S = 0.8
-"""How long the store may keep silent after the deadline; then it is taken for frozen."""
 
 STOP_S = 0.4
 """How long a rank that is interrupted waits until its peers have been told."""
@@ -99,6 +96,9 @@ class Barrier:
         """
         if self.gone is not None:
             return self._alone(record, 0.0, self.gone)
+        broken = self.control.broken
+        if broken is not None and not isinstance(broken, RuntimeError):
+            raise broken
         now = time.monotonic()
         timeout = timeout if record.outcome.ok else min(timeout, failure_timeout)
         is_refused = self._refused is not None and self._missed is not None and record.stage == "entry"
@@ -107,7 +107,7 @@ class Barrier:
         wait = Wait(record, now, now + timeout, failure_timeout, earlier, thread.replies)
         try:
             started(wait)
-            thread.submit(functools.partial(self.part.attend, wait, thread.is_running))
+            thread.submit(functools.partial(self.part.attend, wait, thread.is_running and broken is None))
             return self._note(self._await(wait), record)
         except BaseException as interrupt:
             self._stop_waiting(wait, interrupt)
@@ -115,7 +115,8 @@ class Barrier:
 
     def leave(self, last_word: str) -> None:
         """Leave the group, which has been destroyed here; wait for the store at most `LEAVE_S`."""
-        thread, self._thread = self._thread, None
+        # A thread that was left behind is no reason to stay.
+        thread, self._thread = self._get_thread() if self.part.life else self._thread, None
         if thread is not None and self.gone is None and self.control.broken is None:
             self.gone = RuntimeError("the group was destroyed")
             done: SimpleQueue[Any] = SimpleQueue()
@@ -149,12 +150,15 @@ class Barrier:
             self.control.wake()
         while reply is None:
             # The control thread ends the wait; this bound holds when the store keeps it from doing so.
-            limit = max(wait.deadline, self.control.heard_at) + GRACE_S
+            limit = max(wait.deadline, self.control.heard_at if self.part.life else 0.0) + GRACE_S
             if time.monotonic() > limit:
                 self._leave_behind(wait, f"rank {self.rank} gave up, because the store did not answer")
                 now = time.monotonic()
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
             reply = next_reply(wait.replies, limit)
+            if isinstance(reply, Decided):
+                # One for a wait that is over came together with the reply of the store thread.
+                reply, self._thread = (reply.verdict, None) if reply.wait is wait else (None, self._thread)
         wait.reply, wait.over = reply, True
         if not isinstance(reply, Failed):
             return cast("Verdict", reply)
@@ -169,6 +173,8 @@ class Barrier:
         if wait.over:  # it came when the round was over
             if isinstance(wait.reply, Verdict):
                 wait.reply = self._note(wait.reply, wait.record)
+            else:
+                self.in_step = False
             return
         if wait.record.outcome.ok:
             wait.record = attrs.evolve(wait.record, outcome=Outcome.of(interrupt, "barrier"))

@@ -33,12 +33,13 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 import attrs
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store
 
-from .part import NEWS, ROOT, Part
-from .process import Place, me
+from .life import ROOT
+from .part import NEWS, Part
+from .process import NOBODY, Place, Process, me
 from .stacks import where_is
-from .store_thread import ABSENT, FOREVER, Failed, base_of, peek, start_thread
+from .store_thread import ABSENT, Failed, peek, start_thread, unbounded
 from .watch import Span
 
 
@@ -96,6 +97,8 @@ class Control:
         self._surveys: deque[tuple[Span, SimpleQueue[dict[int, Place]]]] = deque()
         self._is_closing = False
         self._beats, self._next_beat = 0, 0.0
+        self._processes: set[Process] = set()
+        """The processes of all groups, if this one serves the store."""
         self._thread: threading.Thread | None = None
         try:
             self._thread = start_thread("collective_scope-control", self._run, stop=weakref.WeakMethod(self.stop))
@@ -145,10 +148,7 @@ class Control:
 
     def _run(self) -> None:
         try:
-            view = self._connect()
-            store = base_of(view)
-            if isinstance(store, TCPStore):  # of other stores, a clone is the user's own
-                store.set_timeout(FOREVER)
+            store = unbounded(self._connect())
             store.add(f"{ROOT}/controls", 1)
             while not self._stop.is_set() and not (self._is_closing and self._is_idle()):
                 self._wake.clear()
@@ -175,11 +175,12 @@ class Control:
         return 2 * WAITING_S if any(span.revocation is not None for span in spans) else IDLE_S
 
     def _look(self, store: Store) -> None:
+        self._note_processes()
         fresh = self._read_news(store)
         now = time.monotonic()
         for key, span in list(self.spans.items()):
             span.look(store, now, fresh.get(span.part.life, set()))
-            if span.is_left:
+            if span.is_left and span.is_idle:
                 self.spans.pop(key, None)
         while self._surveys:
             span, done = self._surveys.popleft()
@@ -207,6 +208,8 @@ class Control:
             if what == "closing":
                 self._is_closing = self._is_closing or not is_first
             elif what == "asked":
+                for part in self._parts(life):
+                    part.asked = number, now, rest
                 self._answer(store, life, rest, number)
             elif what == "failed":
                 fresh.setdefault(life, set()).add(int(rest))
@@ -231,7 +234,7 @@ class Control:
         for part in self._parts(life):
             spans = list(self.spans.values())
             span = next((each for each in reversed(spans) if each.part is part), None)
-            is_there = span is not None and span.wait is not None and span.wait.record.round == round_
+            is_there = span is not None and span.round_of_wait == round_ != ""
             if not is_there:
                 place = self.place(span)
                 part.tell_more(store, functools.partial(attrs.evolve, place=place, answered=number))
@@ -250,17 +253,22 @@ class Control:
 
     def _take_leave(self, store: Store) -> None:
         """Leave the store; if this process serves it, as the last one, for a while."""
+        self._note_processes()
         self._remove_news(store, math.inf)
         store.delete_key(f"{ROOT}/beat/{me().key}")
         left = store.add(f"{ROOT}/controls", -1)
         if self.serves and left > 0:
             self.tell(store, "closing *")
             deadline = time.monotonic() + CLOSING_S
-            while store.add(f"{ROOT}/controls", 0) > self._ended() and time.monotonic() < deadline:
+            while store.add(f"{ROOT}/controls", 0) > self._ended(store) and time.monotonic() < deadline:
                 time.sleep(WAITING_S / 5)
         self.broken = self.broken or RuntimeError("the process that serves the group's store has left")
 
-    def _ended(self) -> int:
-        """Return how many processes are known to have ended without taking leave."""
-        records = [record for part in self._parts() for record in list(part.records.values())]
-        return sum(process.has_ended for process in {record.process for record in records})
+    def _note_processes(self) -> None:
+        if self.serves:
+            records = [record for part in self._parts() for record in list(part.records.values())]
+            self._processes |= {record.process for record in records if record.process != NOBODY}
+
+    def _ended(self, store: Store) -> int:
+        """Return how many processes are known to have ended without taking leave: their heartbeats are still there."""
+        return sum(p.has_ended and store.check([f"{ROOT}/beat/{p.key}"]) for p in self._processes)

@@ -43,7 +43,12 @@ class Locator:
 
     def ask(self, store: Store, now: float, round_: str) -> None:
         """Ask all ranks that are not in *round_*, unless that has been done a moment ago."""
-        if now > self.asked_at + 2 * ANSWER_S + POLL_S:
+        if now <= self.asked_at + 2 * ANSWER_S + POLL_S:
+            return
+        number, heard_at, but = self.part.asked
+        if but == round_ and now < heard_at + ANSWER_S / 2:  # another rank has just asked the same
+            self._number, self.asked_at = number, heard_at
+        else:
             self._number, self.asked_at = self.tell(store, f"asked {self.part.life} {round_}"), now
 
     def has_time(self, now: float) -> bool:

@@ -14,18 +14,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-from uuid import uuid4
+from typing import Any, cast
 
 import attrs
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store
 
-from .process import Place, me
+from .life import ROOT, join, leave
+from .process import Place, Process, me
 from .records import Record, Verdict
 from .rounds import (
     ARRIVED,
     REPORT,
     all_ok,
+    ends_early,
     has_all,
     is_revoked,
     is_uneventful,
@@ -34,12 +35,10 @@ from .rounds import (
     scopes_around,
     still_refused,
 )
-from .store_thread import FOREVER, base_of, compare_set, get, peek, set_first
+from .store_thread import compare_set, get, peek, remove, set_first, unbounded
 from .wait import Wait
-from .wire import decode_verdict, encode_verdict
+from .wire import ALL_OK, decode_verdict, encode_verdict
 
-
-ROOT = "collective_scope"
 
 NEWS = f"{ROOT}/news"
 
@@ -48,8 +47,6 @@ RECORDS_S = 0.25
 
 POLL_S = 0.05
 """How often a rank looks for the verdict for which the system has no thread to give."""
-
-_OK = b"ok"
 
 
 @attrs.define(eq=False)
@@ -62,22 +59,31 @@ class Part:
         rank: This rank, counted from 0 within the group.
         world_size: Number of ranks of the group.
         heard: Called whenever the store has answered the control thread.
+        process: The process of this rank.
     """
 
     clone: Callable[[], Store]
     rank: int
     world_size: int
     heard: Callable[[], object]
+    process: Process = attrs.field(factory=me)
     life: str = attrs.field(default="", init=False)
     told: bytes = attrs.field(default=b"", init=False)
     records: dict[int, Record] = attrs.field(factory=dict, init=False)
     lost: set[int] = attrs.field(factory=set, init=False)
+    beats: dict[int, tuple[bytes, float, float]] = attrs.field(factory=dict, init=False)
+    """For ranks elsewhere: the latest heartbeat, how long it has been the latest, and when it was looked at."""
     revoked: set[str] = attrs.field(factory=set, init=False)
     """Paths of scopes in which the group was revoked."""
+    asked: tuple[int, float, str] = attrs.field(default=(0, 0.0, ""), init=False)
+    """The latest question where ranks are: its number, when it was heard, and the round whose ranks need not answer."""
     items: deque[tuple[int, float]] = attrs.field(factory=deque, init=False)
     _view: Store | None = attrs.field(default=None, init=False)
     """The group's own part of the store."""
+    _joining: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _telling: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _owner: int = attrs.field(default=0, init=False)
+    """The store thread that connected last. One from before was left behind: what it comes back with is of the past."""
     _published: tuple[str, int] = attrs.field(default=("", 0), init=False)
     """The scope whose failure was published last, and its number among all that were."""
     _reported: str = attrs.field(default="", init=False)
@@ -98,46 +104,22 @@ class Part:
     def connect(self) -> Store:
         """Connect to the store, and join the group unless that has been done; return the root of the store."""
         view = self.clone()
-        store = base_of(view)
-        if isinstance(store, TCPStore):  # of other stores, a clone is the user's own
-            store.set_timeout(FOREVER)
-        self._view = view
-        if not self.life:
-            self._join(view, store)
+        store = unbounded(view)
+        self._view, self._owner = view, threading.get_ident()
+        with self._joining:  # a thread that was left behind may be at it
+            self.life = self.life or join(view, store, self.rank)
+            if not self.told:
+                self._tell(Record(), store)
         return store
-
-    def _join(self, view: Store, store: Store) -> None:
-        """Find the life of the group: that of an earlier group on the same store is over for this rank."""
-        fresh, seat = uuid4().hex.encode(), f"seat {uuid4().hex}".encode()
-        life = set_first(view, "life", fresh)
-        # It is over if a rank has left it, or if this rank, in an earlier life, is there already.
-        while b" " in life or set_first(store, f"{ROOT}/{life.decode()}/rank/{self.rank}", seat) != seat:
-            there = compare_set(view, "life", life, fresh)
-            # Of a key that is gone, compare_set says that it is as expected.
-            life = set_first(view, "life", fresh) if there == life else there
-        self.life = life.decode()
-        self._tell(Record(process=me()), store)
 
     def leave(self, last_word: str, store: Store) -> None:
         """Leave the group; the last rank that does takes its keys along."""
-        view = self._view
-        assert view is not None  # noqa: S101  (for the type checker: this thread has connected)
+        view = cast("Store", self._view)  # this thread has connected
         if last_word:
-            self._tell(Record(process=me(), last_word=last_word), store)
-        self._remove(self._odd, store)
-        # Each rank that leaves writes a value of its own, so that compare_set tells whether it was this one's.
-        life, left, before = self.life, 0, self.life.encode()
-        while life == self.life:
-            after = f"{life} {left + 1} {self.rank}".encode()
-            there = compare_set(view, "life", before, after)
-            if there in (before, after):
-                break
-            before = there
-            life, *rest = there.decode().split(" ")
-            left = int(rest[0]) if rest else 0
-        if life == self.life and left + 1 == self.world_size:
-            self._remove([*self._stale, *self._read, *(self.key(f"rank/{r}") for r in range(self.world_size))], store)
-            view.delete_key("life")
+            self._tell(Record(last_word=last_word), store)
+        if leave(view, self.life, self.rank, self.world_size):
+            ranks = (self.key(f"rank/{rank}") for rank in range(self.world_size))
+            remove([*self._odd, *self._stale, *self._read, *ranks], store)
 
     def publish(self, record: Record, store: Store) -> None:
         """Tell all ranks that this one failed."""
@@ -158,30 +140,34 @@ class Part:
         key = self.key(record.round)
         count = store.add(f"{key}/n", ARRIVED + (self._report(record, store) if record.has_something_to_tell else 0))
         wait.counted = True
+        if self._is_left_behind():
+            return
         if count % REPORT == ARRIVED:
-            self._remove(self._stale, store)  # the first to arrive has time
+            remove(self._stale, store)  # the first to arrive has time
         self._stale = []
         if has_all(count, self.world_size):
-            text = _OK if is_uneventful(count) else self._judgment(wait, store, count)
-            text = set_first(store, f"{key}/v", text)
-            verdict = all_ok(record, self.world_size) if text == _OK else decode_verdict(text)
+            text = ALL_OK if is_uneventful(count) else self._judgment(wait, store, count)
+            verdict = decode_verdict(set_first(store, f"{key}/v", text), record, self.world_size)
         else:
             verdict = all_ok(record, self.world_size)  # made here, where nobody waits for it
             if wait.earlier is not None and not self._is_anybody_back(*wait.earlier, store):
                 set_first(store, f"{key}/v", encode_verdict(still_refused(wait.earlier[0], record)))
             text = get(store, f"{key}/v") if has_thread else self._poll(wait, store)
-            if text != _OK:
-                verdict = decode_verdict(text)
+            if text != ALL_OK:
+                verdict = decode_verdict(text, record, self.world_size)
+        if self._is_left_behind():
+            return
         if self.rank in verdict.missing and not wait.reason:
             self._tell(record, store)  # it is back
         wait.replies.put(verdict)
         keys = [f"{key}/n", f"{key}/v"]
         if not verdict.complete:
-            self._odd += keys
+            # A thread that was left behind may come to wait for a verdict that has a reason.
+            self._odd += keys[: 1 if verdict.reason else 2]
             return
         # All have come, so all have read the verdicts of the rounds before.
         self._stale, self._read = self._read, keys
-        self._remove(self._odd, store)
+        remove(self._odd, store)
         self._odd = []
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
@@ -193,7 +179,9 @@ class Part:
         """Wait for the verdict on the rank's own thread, and end the wait, because there is no other thread."""
         key = f"{self.key(wait.record.round)}/v"
         while not store.check([key]):
-            if time.monotonic() > wait.deadline:
+            now = time.monotonic()
+            self.read(store, range(self.world_size))
+            if self.hasten(wait, now) or now > wait.deadline:
                 self.decide(wait, store, (), {})
             time.sleep(POLL_S)
         return store.get(key)
@@ -218,15 +206,17 @@ class Part:
     def _tell(self, record: Record, store: Store) -> None:
         """Write the record of this rank."""
         with self._telling:
+            if self._is_left_behind():
+                return
+            record = attrs.evolve(record, process=self.process)
             latest = Record.decode(self.told)
             if latest is not None and latest.answered > record.answered:  # a question may be open still
                 record = attrs.evolve(record, place=latest.place, answered=latest.answered)
             self.told = record.encode()
             store.set(self.key(f"rank/{self.rank}"), self.told)  # type: ignore[arg-type]  # torch's stub has no bytes
 
-    def _remove(self, keys: list[str], store: Store) -> None:
-        for key in keys:
-            store.delete_key(key)
+    def _is_left_behind(self) -> bool:
+        return self._owner != threading.get_ident()
 
     # What the control thread calls, and what it shares with the store thread.
 
@@ -237,6 +227,17 @@ class Part:
             self.heard()
             if record is not None:
                 self.records[rank] = record
+
+    def hasten(self, wait: Wait, now: float) -> bool:
+        """Bound the *wait* by its failure timeout if a peer has failed there; return whether it ends at once."""
+        peers = [record for rank, record in list(self.records.items()) if rank != self.rank]
+        if any(not record.outcome.ok and relation(record, wait.record) == "here" for record in peers):
+            wait.deadline = min(wait.deadline, max(now, wait.start) + wait.failure_timeout)
+        return any(ends_early(record, wait.record) for record in peers)
+
+    def verdict(self, wait: Wait, store: Store) -> Verdict:
+        """Return the verdict of a round that has been decided."""
+        return decode_verdict(store.get(f"{self.key(wait.record.round)}/v"), wait.record, self.world_size)
 
     def hear(self, what: str, rest: str) -> None:
         """Note an item of the news: that a rank is gone, or that the group was revoked in a scope."""
@@ -252,6 +253,7 @@ class Part:
             record = None if latest is None else update(latest)
             if record is None:
                 return False
+            record = attrs.evolve(record, process=self.process)
             # The store thread's record may still be on its way over another connection: it must not be lost.
             text = record.encode()
             there = compare_set(store, self.key(f"rank/{self.rank}"), self.told, text)
@@ -268,8 +270,10 @@ class Part:
             set_first(store, f"{key}/v", store.get(over[0]))
         elif not store.check([f"{key}/v"]):
             count = store.add(f"{key}/n", 0)
+            if wait.counted and count % REPORT < ARRIVED:
+                wait.reason = wait.reason or f"the store has lost the arrival of rank {self.rank}"
             if has_all(count, self.world_size) and is_uneventful(count):
-                text = _OK  # the rank that arrived last may be gone
+                text = ALL_OK  # the rank that arrived last may be gone
             else:
                 self._await_records(wait.record, count % REPORT, store)
                 text = self._judgment(wait, store, count, lost=lost, where=where)
@@ -277,8 +281,8 @@ class Part:
 
     def _judgment(self, wait: Wait, store: Store, count: int, **facts: Any) -> bytes:
         """Return the verdict as it follows from all that the ranks told, and *facts*, as for `judge`."""
-        texts = {rank: peek(store, self.key(f"rank/{rank}")) for rank in range(self.world_size)}
-        records = {rank: record for rank, text in texts.items() if (record := Record.decode(text)) is not None}
+        self.read(store, range(self.world_size))
+        records = dict(self.records)
         if records.get(self.rank, Record()).round != wait.record.round or wait.reason:
             records[self.rank] = attrs.evolve(wait.record, arrived=wait.counted)
         facts |= {"all_arrived": has_all(count, self.world_size), "revoked": is_revoked(count), "reason": wait.reason}

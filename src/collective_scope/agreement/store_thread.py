@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -159,6 +159,14 @@ def base_of(store: Store) -> Store:
     return store
 
 
+def unbounded(view: Store) -> Store:
+    """Return the store that *view*, a client for one thread, is a view of, with no time limit of its own."""
+    store = base_of(view)
+    if isinstance(store, TCPStore):  # of other stores, a clone is the user's own
+        store.set_timeout(FOREVER)
+    return store
+
+
 def get(store: Store, key: str) -> bytes:
     """Wait for *key*, for as long as it takes, and return what is there."""
     if not isinstance(store, TCPStore):  # a client of its own, whose time limit is ours
@@ -174,8 +182,9 @@ def compare_set(store: Store, key: str, expected: bytes, value: bytes) -> bytes:
 def set_first(store: Store, key: str, value: bytes) -> bytes:
     """Write *value* unless *key* is there; wake those that wait for it; return what is there."""
     there = compare_set(store, key, b"", value)
-    if there == value and not getattr(store, "libuvBackend", False):
-        store.set(key, value)  # type: ignore[arg-type]  # only the libuv server wakes at compare_set
+    # The server without libuv does not wake those that wait for the key. Others do; they must not write again.
+    if there == value and isinstance(store, TCPStore) and not store.libuvBackend:  # type: ignore[attr-defined]
+        store.set(key, value)  # type: ignore[arg-type]  # torch's stub has no bytes
     return there
 
 
@@ -188,6 +197,12 @@ def peek(store: Store, key: str) -> bytes:
     """
     # A compare_set that cannot match returns the present value, or what was expected.
     return compare_set(store, key, ABSENT, ABSENT)
+
+
+def remove(keys: Iterable[str], store: Store) -> None:
+    """Delete *keys*, whether they are there or not."""
+    for key in keys:
+        store.delete_key(key)
 
 
 def knock(store: Store) -> None:

@@ -15,14 +15,15 @@ Wait.counted       the store thread, when the store has       the control thread
                    counted the rank
 Wait.over          the rank's thread; the control thread,     the control thread
                    for a wait that the rank has given up
-Part.life      the store thread, when it joins            all
-Part.told      the store and control threads, under a     the same
+Part.life          the store thread, when it joins            all
+Part.told          the store and control threads, under a     the same
                    lock
-Part.records,  the control thread                         the same
-``.lost``,
-``.revoked``
-Part.items     the store thread: news that it wrote       the control thread
-all other fields   the store thread                           the store thread
+Part.records       the store and control threads, each        the same
+                   value as a whole
+Part.lost, .beats, the control thread                         the same
+.revoked, .asked
+Part.items         the store thread: news that it wrote       the control thread
+Part, all others   the store thread                           the store thread
 =================  =========================================  =============================
 """
 
@@ -35,6 +36,9 @@ import attrs
 
 from .records import Record, Verdict
 
+
+GRACE_S = 0.8
+"""How long after the deadline the store may keep silent; then it is taken for frozen."""
 
 FIRST_LOOK_S = 0.05
 """How long a rank waits before anything is looked for, and its peers are told that it waits."""
@@ -68,3 +72,17 @@ class Wait:
     counted: bool = False
     reply: Any = None
     over: bool = False
+
+
+@attrs.frozen
+class Decided:
+    """
+    A reply of the control thread, where the store thread does not come back with the verdict.
+
+    Attributes:
+        wait: The wait that it is for.
+        verdict: What was decided.
+    """
+
+    wait: Wait
+    verdict: Verdict

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import attrs
 
 from .locate import ANSWER_S, Locator
-from .part import ROOT, Part
-from .process import NOBODY, Place, me
+from .losses import BEATS_S, Losses
+from .part import Part
+from .process import Place
 from .records import Record, Verdict
 from .revocation import Revocation
-from .rounds import REPORT, REVOKED, ends_early, has_all, is_around, judge, relation
-from .store_thread import peek
-from .wait import FIRST_LOOK_S, Wait
+from .rounds import REPORT, REVOKED, has_all, is_around, judge, relation
+from .wait import FIRST_LOOK_S, GRACE_S, Decided, Wait
 
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ READ_AT_ONCE = 4
 
 STAGGER_S = 0.002
 """How much later each rank decides than the one before it, so that not all read all records at once."""
-
-BEATS_S = 3.0
-"""How long a rank waits before it looks at the heartbeats of other machines."""
 
 IN_BODY = "in the body of"
 """The phase in which a rank runs its own program, and may be interrupted."""
@@ -76,6 +73,7 @@ class Span:
         stage: The round that the rank comes to next.
         phase: Where the rank is: ``"in the body of"``, ``"at the barrier of"``, ...
         since: When it came there, on the monotonic clock.
+        stirred: When it last went somewhere, be it out of a scope within this one.
         wait: Its wait at the barrier, if it does wait.
         has_failed: Whether the rank itself has failed.
         history: The phases so far, each with the time at which it began; None if they are not kept.
@@ -95,13 +93,14 @@ class Span:
     stage: str = "exit"
     phase: str = ""
     since: float = 0.0
+    stirred: float = 0.0
     wait: Wait | None = None
     has_failed: bool = False
     history: list[tuple[float, str]] | None = None
     is_left: bool = False
     # The rest is the control thread's own.
     _matter: float = attrs.field(default=-1.0, init=False)
-    """When the rank came to where it was at the latest look."""
+    """When the rank had last gone somewhere, at the latest look."""
     _has_told: bool = attrs.field(default=False, init=False)
     _locator: Locator = attrs.field(
         default=attrs.Factory(lambda self: Locator(self.part, self.control.tell), takes_self=True), init=False
@@ -109,7 +108,10 @@ class Span:
     _turn: int = attrs.field(default=0, init=False)
     _warnings: Iterator[float] = attrs.field(factory=lambda: iter(()), init=False)
     _warn_at: float = attrs.field(default=float("inf"), init=False)
-    _beats: dict[int, tuple[bytes, float]] = attrs.field(factory=dict, init=False)
+    _losses: Losses = attrs.field(
+        default=attrs.Factory(lambda self: Losses(self.part, self.control.tell, self.silence), takes_self=True),
+        init=False,
+    )
     _mourned: set[int] = attrs.field(factory=set, init=False)
 
     @property
@@ -120,6 +122,7 @@ class Span:
     def enter(self, phase: str) -> None:
         """Note, on the rank's thread, that the rank goes into *phase* now."""
         self.phase, self.since = phase, time.monotonic()
+        self.stirred = self.since
         if self.history is not None:
             self.history.append((self.since, phase))
 
@@ -128,20 +131,21 @@ class Span:
         if not self.part.life:
             return  # the store thread has not joined yet
         wait = None if self.is_idle else self.wait
-        if self.since != self._matter:
+        if self.stirred != self._matter:
             self._begin()
         if wait is not None and not self._has_told and now >= wait.start + FIRST_LOOK_S * 0.8:
             self._tell(store, wait)
         self._read(store, wait, failed)
-        lost = self._lost(store, now, wait)
+        is_long = wait is not None and now >= wait.start + BEATS_S
+        lost = self._losses.look(store, now, self._missing(wait)[:READ_AT_ONCE] if is_long else ())
         if self.revocation is not None and not self.is_left:
             self._free(store, now, self.revocation)
         if wait is not None:
             self._look_at_wait(store, now, wait, lost)
         self._speak_of_lost(lost - self._mourned, now)
         if now >= self._warn_at - ANSWER_S:
-            self._locator.ask(store, now, self._round_to_skip)
-        if now >= self._warn_at:
+            self._locator.ask(store, now, self.round_of_wait)
+        if now >= self._warn_at and not self._locator.has_time(now):
             self._warn(store, now, wait)
             self._warn_at = next(self._warnings)
 
@@ -150,19 +154,27 @@ class Span:
         return self._locator.survey(store, self._others()) | {self.part.rank: self.control.place(self)}
 
     @property
-    def _round_to_skip(self) -> str:
-        return "" if self.wait is None else self.wait.record.round
+    def round_of_wait(self) -> str:
+        """The round at which the rank waits; empty if it does not."""
+        wait = self.wait
+        return "" if wait is None or wait.over else wait.record.round
+
+    @property
+    def _inner(self) -> list[Span]:
+        """The scopes within this one."""
+        spans = list(self.control.spans.values())
+        return [span for span in spans[spans.index(self) + 1 :] if span.thread == self.thread]
 
     def _begin(self) -> None:
-        self._matter = self.since
+        self._matter = self.stirred
         self._has_told, self._turn = False, 0
         self._locator.forget()
         if self.warn_after is not None:
-            self._warnings = warning_times(self.since, self.warn_after)
+            self._warnings = warning_times(self.stirred, self.warn_after)
             self._warn_at = next(self._warnings)
 
     def _mine(self, wait: Wait | None) -> Record:
-        return wait.record if wait is not None else Record(self.path, self.stage, process=me())
+        return wait.record if wait is not None else Record(self.path, self.stage)
 
     def _others(self) -> list[int]:
         """Return all other ranks, beginning with the one after this."""
@@ -195,27 +207,6 @@ class Span:
         self._turn = start + READ_AT_ONCE
         self.part.read(store, {*chosen, *(failed - {self.part.rank})})
 
-    def _lost(self, store: Store, now: float, wait: Wait | None) -> set[int]:
-        """Return the ranks that are known to be gone, and tell the peers of those that nobody has told of."""
-        known = self.part.lost
-        for rank, record in list(self.part.records.items()):
-            process = record.process
-            if rank in known or rank == self.part.rank or process in (NOBODY, me()) or record.last_word:
-                continue
-            if process.has_ended if process.is_here else self._is_silent(store, now, rank, wait):
-                known.add(rank)
-                self.control.tell(store, f"lost {self.part.life} {rank}")
-        return set(known)
-
-    def _is_silent(self, store: Store, now: float, rank: int, wait: Wait | None) -> bool:
-        """Whether a rank on another machine has shown no heartbeat for too long, as seen by one that waits for it."""
-        if wait is None or now < wait.start + BEATS_S or rank not in self._missing(wait)[:READ_AT_ONCE]:
-            return False
-        beat = peek(store, f"{ROOT}/beat/{self.part.records[rank].process.key}")
-        if beat != self._beats.get(rank, (b"", 0.0))[0]:
-            self._beats[rank] = (beat, now)
-        return now - self._beats[rank][1] > self.silence
-
     def _free(self, store: Store, now: float, revocation: Revocation) -> None:
         """Revoke the group if a rank has failed and not all have come; see `Revocation`."""
         mine, part = self._mine(None), self.part
@@ -223,8 +214,7 @@ class Span:
         if self.has_failed or any(where in ("here", "around") for where in failed):
             revocation.note_failure(now)
         is_told = any(path == self.path or is_around(path, self.path) for path in part.revoked)
-        spans = list(self.control.spans.values())
-        inner = [s for s in spans[spans.index(self) + 1 :] if s.thread == self.thread]
+        inner = self._inner
         is_free = all(span.phase == IN_BODY for span in (self, *inner))
         if revocation.is_begun:
             for span in inner:
@@ -243,24 +233,26 @@ class Span:
 
     def _look_at_wait(self, store: Store, now: float, wait: Wait, lost: set[int]) -> None:
         """End the wait of this rank, and of all, if there is a reason."""
-        peers = {rank: r for rank, r in self.part.records.items() if rank != self.part.rank}
-        for record in peers.values():
-            if not record.outcome.ok and relation(record, wait.record) == "here":
-                wait.deadline = min(wait.deadline, max(now, wait.start) + wait.failure_timeout)
-        is_split = any(ends_early(record, wait.record) for record in peers.values())
+        is_split = self.part.hasten(wait, now)
         deadline = wait.deadline + min(ANSWER_S, STAGGER_S * self.part.rank)
         if not is_split and not lost and now < deadline:
             if now >= wait.deadline - 2 * ANSWER_S:
-                self._locator.ask(store, now, self._round_to_skip)
+                self._locator.ask(store, now, self.round_of_wait)
             return
         missing = self._missing(wait)
         if not is_split and not wait.reason and not lost:
-            self._locator.ask(store, now, self._round_to_skip)
+            self._locator.ask(store, now, self.round_of_wait)
             if self._locator.has_time(now) and not self._locator.have_answered(store, missing):
                 return
+        self._mourned |= lost  # the verdict says it
+        for span in list(self.control.spans.values()):
+            if span.part.life == self.part.life and span.wait is not None and not span.wait.over:
+                span._tell(store, span.wait)  # noqa: SLF001  (so that the decision does not wait for it)
         self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
         if wait.reason:
             wait.over = True
+        elif now > wait.deadline + GRACE_S:
+            wait.replies.put(Decided(wait, self.part.verdict(wait, store)))
 
     def _facts(self, now: float, wait: Wait | None, lost: Iterable[int], where: dict[int, Place]) -> Verdict:
         mine, size = self._mine(wait), self.part.world_size
@@ -275,7 +267,7 @@ class Span:
 
     def _warn(self, store: Store, now: float, wait: Wait | None) -> None:
         """Say which ranks are late and where they are: each rank that waits, or one for all that are at work."""
-        if wait is None and not self._speaks_for_all(store):
+        if wait is None and (self._inner or not self._speaks_for_all(store)):
             return
         self._locator.have_answered(store, self._missing(wait))
         if wait is not None and (wait.over or not self._missing(wait)):

@@ -1,0 +1,75 @@
+"""Which ranks of a group are gone: their processes have ended, or another machine has been silent for long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import attrs
+
+from .life import ROOT
+from .part import Part
+from .process import NOBODY, Process, me
+from .store_thread import peek
+
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+BEATS_S = 3.0
+"""How long a rank waits before it looks at the heartbeats of other machines."""
+
+LOOK_S = 0.2
+"""What counts at most as silence between two looks at a heartbeat: if there is more, the store has been silent."""
+
+
+@attrs.define(eq=False)
+class Losses:
+    """
+    What one rank finds out of which others are gone. Belongs to the control thread.
+
+    Args:
+        part: The rank's part in the rounds of its group.
+        tell: Writes an item of the news; returns its number.
+        silence: Seconds without a heartbeat after which a rank on another machine counts as lost.
+    """
+
+    part: Part
+    tell: Callable[[Store, str], int]
+    silence: float
+
+    def look(self, store: Store, now: float, awaited: Collection[int]) -> set[int]:
+        """
+        Return the ranks that are gone, and tell the peers of those that nobody has told of.
+
+        Args:
+            store: The root of the store.
+            now: The time, on the monotonic clock.
+            awaited: Ranks that this one waits for, and whose silence says something.
+        """
+        known = self.part.lost
+        for rank, record in list(self.part.records.items()):
+            process = record.process
+            if rank in known:
+                if not process.is_here and self._has_beaten(store, now, rank, process):
+                    known.discard(rank)  # it was cut off, and is back
+                continue
+            if rank == self.part.rank or process in (NOBODY, me()) or record.last_word:
+                continue
+            if process.is_here:
+                is_gone = process.has_ended
+            else:
+                is_quiet = rank in awaited and not self._has_beaten(store, now, rank, process)
+                is_gone = is_quiet and self.part.beats[rank][1] > self.silence
+            if is_gone:
+                known.add(rank)
+                self.tell(store, f"lost {self.part.life} {rank}")
+        return set(known)
+
+    def _has_beaten(self, store: Store, now: float, rank: int, process: Process) -> bool:
+        """Whether there is another heartbeat than at the look before; if not, note for how long."""
+        beat = peek(store, f"{ROOT}/beat/{process.key}")
+        before, silence, looked_at = self.part.beats.get(rank, (beat, 0.0, now))
+        has_beaten = beat != before
+        self.part.beats[rank] = (beat, 0.0 if has_beaten else silence + min(now - looked_at, LOOK_S), now)
+        return has_beaten
