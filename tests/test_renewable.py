@@ -292,3 +292,19 @@ def test_renewable_group_of_one_rank_is_made_at_the_first_scope() -> None:
             assert [1] == made
     assert scope.verdict is not None
     assert scope.verdict.ok
+
+
+def _two_worlds(rank: int, world_size: int) -> list[float]:
+    sums = []
+    for _ in range(2):
+        world = RenewableGroup(store=_store("two worlds"), rank=rank, world_size=world_size)
+        with collective_scope(world, timeout=30):
+            sums.append(_sum_of_ranks())
+        world.destroy()
+        del world
+    return sums
+
+
+def test_world_after_another_one_on_the_same_store_is_made_afresh(run_on: Run) -> None:
+    """What an earlier world has left in the store, such as addresses of its connections, misleads no later one."""
+    assert [[1.0, 1.0], [1.0, 1.0]] == run_on(2, _two_worlds)

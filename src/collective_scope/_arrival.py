@@ -11,14 +11,14 @@ from typing import Any
 
 import attrs
 
-from . import _torch
+from . import _notes, _torch
 from ._cleanups import Cleanup
 from ._kill import Killer
 from ._membership import Membership
 from ._registry import Registry
 from .agreement.barrier import Barrier, verdict_alone
 from .agreement.records import Listed, Record, Verdict
-from .agreement.text import shorten, type_name
+from .agreement.text import message_of, shorten, type_name
 from .agreement.wait import Wait
 from .agreement.watch import Span
 
@@ -128,9 +128,20 @@ class Arrival(Registry):
         rank, world_size = _torch.place_in_world() if barrier is None else (barrier.rank, barrier.world_size)
         if error is not self._told:  # what an inner scope raised is in the log already
             try:
-                self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size)
+                since = self._note_death(error)
+                self._failures.log(phase, error, scope=self.name, rank=rank, world_size=world_size, dead_since=since)
             except BaseException as broken:  # of a handler: it must keep nobody from the barrier
                 self._failures.raised.append(("log", broken))
+
+    def _note_death(self, error: BaseException) -> str:
+        """Return since which scope the group is dead, if *error* comes of that and the log has told it in full."""
+        membership = self._membership
+        if membership is None or membership.renewal is not None or not _torch.is_end_of_gloo(message_of(error)):
+            return ""
+        since, membership.dead_since = membership.dead_since, membership.dead_since or self.name
+        if not since and self._barrier is not None:
+            error.add_note(_notes.GROUP_IS_DEAD)
+        return since
 
     def _find(self) -> None:
         """Look the group up, unless that has been found."""

@@ -9,6 +9,7 @@ import time
 from contextvars import ContextVar
 from types import CodeType
 from typing import Any
+from uuid import uuid4
 
 import attrs
 
@@ -146,7 +147,8 @@ class Entry(Teardown):
         self._stage = "entry 2"
         if self._span is not None:
             self._span.stage = "entry 2"
-        self._guard("making the group", renewal.renew)
+        life = uuid4().hex if membership.barrier is None else membership.barrier.part.life
+        self._guard("making the group", lambda: renewal.renew(life))
         renewal.is_due = bool(self._failures.raised)
         if membership.barrier is not None:
             self._meet_at_entry(membership.barrier.rank, "entry 2")

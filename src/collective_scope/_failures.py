@@ -66,12 +66,15 @@ class Failures:
         more = len(self.raised) - 1 - len(later)
         return attrs.evolve(self._outcome, also=(*also, *([f"and {more} more"] if more else [])))
 
-    def log(self, phase: str, error: BaseException, *, scope: str, rank: int, world_size: int) -> None:
-        """Log an error that has been noted and told."""
+    def log(
+        self, phase: str, error: BaseException, *, scope: str, rank: int, world_size: int, dead_since: str = ""
+    ) -> None:
+        """Log an error that has been noted and told: in a line, if it comes of a group that is *dead_since* a scope."""
         level = logging.INFO if is_skip(error) else logging.ERROR
         try:
             text = _notes.failed_here(rank, world_size, scope, phase)
-            exc_info = (type(error), error, without_frames_of_ours(error.__traceback__))
+            exc_info = None if dead_since else (type(error), error, without_frames_of_ours(error.__traceback__))
+            text += _notes.still_dead(dead_since) if dead_since else ""
             logger.log(level, "%s", text, exc_info=exc_info, extra={"rank": rank, "scope": scope, "phase": phase})
         except Exception as broken:
             # A handler that raises must not be silent, nor keep the rank from the barrier.

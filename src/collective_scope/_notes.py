@@ -14,6 +14,12 @@ MISNESTING_ADVICE = (
 )
 
 
+GROUP_IS_DEAD = (
+    "gloo has closed the connections of this group for good: every later collective on it fails, whatever the"
+    " next scopes do. collective_scope.RenewableGroup frees its ranks before that, and makes the group again."
+)
+
+
 def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
     """Introduce the traceback in the log of the rank that failed."""
     if world_size == 1:
@@ -21,6 +27,11 @@ def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
     is_late = phase.startswith("after_barrier")
     told = "after the barrier, so its peers are not told" if is_late else "its peers are told"
     return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; {told}"
+
+
+def still_dead(since: str) -> str:
+    """Say in few words why a collective failed."""
+    return f": its group is dead since scope {since!r}"
 
 
 def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:

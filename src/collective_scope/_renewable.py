@@ -151,8 +151,13 @@ class RenewableGroup:
 
     # What the scope calls, on the rank's thread.
 
-    def renew(self) -> None:
-        """Destroy what there is, and make it anew; all ranks do so at the same time."""
+    def renew(self, life: str) -> None:
+        """
+        Destroy what there is, and make it anew; all ranks do so at the same time.
+
+        Args:
+            life: What no other group on this store was ever called; the same on all ranks.
+        """
         with self._lock:
             self._take_down()
             self._attempts += 1
@@ -162,7 +167,7 @@ class RenewableGroup:
             known = set(all_groups())
             self._before = connected_sockets()
             # A client of its own: its connection can be cut if a peer fails to make its part.
-            store = dist.PrefixStore(f"collective_scope/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"collective_scope/{life}/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]
             self._exists = True
             try:
                 self.value = self._make(store)

@@ -9,6 +9,7 @@ import attrs
 
 from .agreement.records import Outcome, Verdict
 from .agreement.rounds import failures_in_order
+from .agreement.text import one_line
 
 
 Status = Literal["passed", "failed", "skipped", "xfailed", "not run"]
@@ -29,7 +30,8 @@ class SubtestResult:
         reason: Why it was skipped, failed as expected, or did not run.
         error: What this rank raised.
         verdict: What every rank did.
-        seconds: How long it took on this rank.
+        began: When it began on this rank, on the monotonic clock, in seconds.
+        seconds: How long it took there.
         waited: Seconds that ranks waited in it for others that did not come.
         history: Phases of this rank, each with the time at which it began, on the monotonic clock.
     """
@@ -39,6 +41,7 @@ class SubtestResult:
     reason: str = ""
     error: BaseException | None = None
     verdict: Verdict | None = None
+    began: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
     history: list[tuple[float, str]] = attrs.field(factory=list)
@@ -47,6 +50,11 @@ class SubtestResult:
     def failures(self) -> dict[int, Outcome]:
         """What went wrong, by rank."""
         return {} if self.verdict is None else self.verdict.failures
+
+
+def told(rank: int, outcome: Outcome) -> str:
+    """Say in a line what went wrong on *rank*."""
+    return f"rank {rank}, {outcome.phase}: {one_line(outcome.type_name, outcome.message)}"
 
 
 def judge_subtest(error: BaseException | None, verdict: Verdict | None) -> tuple[Status, str]:

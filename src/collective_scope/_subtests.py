@@ -15,8 +15,10 @@ from . import _groups
 from ._api import collective_scope
 from ._failures import is_skip
 from ._scope import CollectiveScope
-from ._subtest_result import ExpectedFailure, SubtestResult, judge_subtest
+from ._subtest_result import ExpectedFailure, SubtestResult, judge_subtest, told
 from ._subtests_report import Progress, summary, write_junit, write_trace
+from ._torch import has_closed
+from .agreement.rounds import failures_in_order
 from .exceptions import CollectiveScopeError
 
 
@@ -92,6 +94,8 @@ class Subtests:
         self._options = {"meet_at_entry": True, **options}
         self._file, self._verbose = file, verbose
         self._progress: Progress | None = None
+        self._dead_since = ""
+        """The first subtest whose collectives could not work, because its group was dead before."""
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -118,7 +122,8 @@ class Subtests:
 
     def run(self, id: str, fn: Callable[..., object], /, *args: Any, **kwargs: Any) -> SubtestResult:  # noqa: A002
         """Run ``fn(*args, **kwargs)`` as the subtest *id*; return what became of it."""
-        with self.test(id) as subtest:
+        subtest = self.test(id)
+        with subtest:  # which does not come to its block if it is refused
             fn(*args, **kwargs)
         return subtest.result
 
@@ -162,6 +167,8 @@ class Subtests:
         """Return why no more subtests are run; empty if they are. The same on every rank."""
         waited = sum(result.waited for result in self.results)
         failures = sum(result.status == "failed" for result in self.results)
+        if self._dead_since:
+            return f"the group was dead when subtest {self._dead_since!r} came to use it, and cannot be renewed"
         if waited > self._budget:
             return f"ranks have waited {waited:.0f} s for others, more than budget={self._budget:.0f} s"
         if self._max_failures is not None and failures >= self._max_failures:
@@ -170,6 +177,10 @@ class Subtests:
 
     def _note(self, result: SubtestResult) -> None:
         self.results.append(result)
+        found, causes = _groups.find(self._group), failures_in_order(result.failures)
+        # If a closed connection is what failed first, no rank of this subtest has made it so.
+        if causes and has_closed(causes[0][1].message) and (found is None or found[0].renewal is None):
+            self._dead_since = self._dead_since or result.id
         if self._rank == 0:
             self._get_progress().note(result)
 
@@ -181,7 +192,6 @@ class Subtest:
         self.result = SubtestResult(id)
         self._subtests = subtests
         self._scope: CollectiveScope | None = None
-        self._began = 0.0
         self._tracer: Any = None
 
     @property
@@ -198,7 +208,7 @@ class Subtest:
         return self._scope
 
     def __enter__(self) -> Self:
-        self._began = time.monotonic()
+        self.result.began = time.monotonic()
         why = self._subtests._why_not()  # noqa: SLF001  (a part of it)
         scope = collective_scope(self._subtests._group, name=self.result.id, **self._subtests._options)  # noqa: SLF001
         scope._options = attrs.evolve(scope._options, history=self.result.history)  # noqa: SLF001
@@ -208,7 +218,8 @@ class Subtest:
                 scope._body = sys._getframe(1).f_code  # noqa: SLF001  (documented; no reference to the frame)
         except Exception as refusal:
             self.result.error, self.result.verdict = refusal, scope.verdict
-            why = str(refusal).splitlines()[0]
+            causes = failures_in_order(self.result.failures)
+            why = told(*causes[0]) if causes else str(refusal).splitlines()[0]
         if why:
             self.result.status, self.result.reason = "not run", why
             self._skip_block(sys._getframe(1))  # noqa: SLF001  (documented)
@@ -222,7 +233,7 @@ class Subtest:
             raised: BaseException | None = None
         else:
             raised = self._leave(kind, error, tb)
-        self.result.seconds = time.monotonic() - self._began
+        self.result.seconds = time.monotonic() - self.result.began
         verdict = self.result.verdict
         self.result.waited = 0.0 if verdict is None or verdict.complete else verdict.timeout
         self._subtests._note(self.result)  # noqa: SLF001  (a part of it)

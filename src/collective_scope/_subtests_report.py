@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from xml.etree import ElementTree as ET
 
 from ._report import is_like_a_consequence
+from ._subtest_result import told
 from .agreement.part import POLL_S
 from .agreement.rounds import failures_in_order
 from .agreement.store_thread import ABSENT, base_of, peek
-from .agreement.text import one_line
 
 
 if TYPE_CHECKING:
@@ -93,15 +93,15 @@ def summary(results: Sequence[SubtestResult], seconds: float, rerun: str) -> str
     if waited:
         lines.append("waited for: " + ", ".join(f"rank {rank} {took} s" for rank, took in sorted(waited.items())))
     counts = Counter(result.status for result in results)
-    told = ", ".join(f"{counts[status]} {status}" for status in MARKS if counts[status]) or "no subtests"
-    return "\n".join([*lines, f"{told} in {seconds:.2f} s"])
+    text = ", ".join(f"{counts[status]} {status}" for status in MARKS if counts[status]) or "no subtests"
+    return "\n".join([*lines, f"{text} in {seconds:.2f} s"])
 
 
 def _failure(result: SubtestResult, rerun: str) -> list[str]:
     lines = [f"FAILED {result.id}{f': {result.reason}' if result.reason else ''}"]
     ordered = failures_in_order(result.failures)
     for place, (rank, outcome) in enumerate(ordered):
-        line = f"  rank {rank}, {outcome.phase}: {one_line(outcome.type_name, outcome.message)}"
+        line = f"  {told(rank, outcome)}"
         if place and is_like_a_consequence(outcome):
             line += " (a consequence)"
         lines.append(line)
@@ -172,9 +172,11 @@ def write_trace(results: Sequence[SubtestResult], path: str, barrier: Barrier | 
 
 def _phases(result: SubtestResult, offset: float) -> Iterable[tuple[str, str, float, float]]:
     """Return name, kind, start and end of each phase; the end of one is the start of the next."""
-    history = result.history
+    if result.status == "not run":
+        return
+    history = result.history or [(result.began, "in the body of")]  # a rank without peers keeps none
     ends = [began for began, _ in history[1:]]
-    for (began, phase), end in zip(history, [*ends, (history[0][0] + result.seconds) if history else 0.0], strict=True):
+    for (began, phase), end in zip(history, [*ends, result.began + result.seconds], strict=True):
         kind = "body" if phase == "in the body of" else "waiting" if phase.startswith("at the ") else "cleanup"
         name = result.id if kind == "body" else phase.removesuffix(" of").removeprefix("in ")
         yield name, kind if "making" not in phase else "renewal", began + offset, max(began, end) + offset

@@ -77,6 +77,20 @@ def all_groups() -> list[dist.ProcessGroup]:
     return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []  # noqa: SLF001
 
 
+def is_end_of_gloo(message: str) -> bool:
+    """
+    Whether *message* is of an error after which a gloo group is dead.
+
+    After a timeout, or when a peer is gone, gloo closes its connections for good. Every later collective fails.
+    """
+    return "gloo/transport" in message or has_closed(message)
+
+
+def has_closed(message: str) -> bool:
+    """Whether *message* is of a gloo collective that found a connection closed."""
+    return "caused pair closure" in message or ("gloo/transport" in message and "closed by peer" in message)
+
+
 def is_nccl(group: dist.ProcessGroup) -> bool:
     if not dist.is_nccl_available() or not torch.cuda.is_available():
         return False

@@ -36,7 +36,7 @@ class Renewal(Protocol):
     def revoke(self, *, is_at_work: bool) -> None:
         """Make every communicator fail, for this rank, which may have work in flight, and its peers."""
 
-    def renew(self) -> None:
+    def renew(self, life: str) -> None:
         """Destroy what there is, and make it anew."""
 
 

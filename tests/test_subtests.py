@@ -1,0 +1,524 @@
+"""A loop of subtests: what becomes of each, on every rank alike, and what is printed and written."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import unittest
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import attrs
+import pytest
+import torch
+import torch.distributed as dist
+
+from collective_scope import (
+    Outcome,
+    RenewableGroup,
+    Subtests,
+    Verdict,
+    collective_scope,
+    current_scope,
+)
+from collective_scope._subtest_result import ExpectedFailure, judge_subtest
+from tests.ranks import RankPool, here, values
+
+
+@pytest.fixture(scope="module", name="pool")
+def _pool() -> Iterator[RankPool]:
+    with RankPool(2, init=False, host="parent") as pool:
+        yield pool
+
+
+def _sum_of_ranks() -> float:
+    value = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(value)
+    return float(value.item())
+
+
+@attrs.define
+class Seen:
+    """What one rank saw of a loop: id, status, reason, and what it raised, of each subtest; the end; what was printed."""
+
+    results: list[tuple[str, str, str, str]]
+    end: str
+    members: list[str]
+    printed: str
+    made: int
+    notes: str = ""
+
+
+def _play(rank: int, world_size: int, name: str, bodies: Mapping[str, Callable[[], Any]], **options: Any) -> Seen:
+    """Go through a loop of subtests on a renewable group."""
+    store = dist.PrefixStore(name, here().new_store())
+    world = RenewableGroup(store=store, rank=rank, world_size=world_size)
+    printed = io.StringIO()
+    end: BaseException | None = None
+    options = {"timeout": 30, "failure_timeout": 30} | options
+    subtests = Subtests(world, file=printed, **options)
+    try:
+        with subtests:
+            for id_, body in bodies.items():
+                with subtests.test(id_):
+                    body()
+    except BaseException as error:  # noqa: BLE001  (what surfaces is what is tested)
+        end = error
+    world.destroy()
+    results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
+    members = [f"{type(e).__name__}: {e}" for e in end.exceptions] if isinstance(end, ExceptionGroup) else []
+    notes = "\n".join(getattr(end, "__notes__", []))
+    return Seen(
+        results, "" if end is None else f"{type(end).__name__}: {end}", members, printed.getvalue(), world.made, notes
+    )
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def _statuses(seen: Seen) -> dict[str, str]:
+    return {id_: status for id_, status, *_ in seen.results}
+
+
+# What becomes of each
+
+
+def _mixed(rank: int, world_size: int) -> Seen:
+    def one_fails() -> None:
+        if rank == 1:
+            msg = "before its collectives"
+            raise ValueError(msg)
+        _sum_of_ranks()
+
+    def all_fail() -> None:
+        msg = f"on rank {rank}"
+        raise AssertionError(msg)
+
+    bodies = {
+        "good": _sum_of_ranks,
+        "one fails": one_fails,
+        "after it": _sum_of_ranks,
+        "all fail": all_fail,
+        "all skip": lambda: _raise(unittest.SkipTest("needs 8 ranks")),
+        "one skips": lambda: _raise(unittest.SkipTest("mine")) if rank == 1 else _sum_of_ranks(),
+        "expected": lambda: _raise(ExpectedFailure("issue 12")),
+        "last": _sum_of_ranks,
+    }
+    return _play(rank, world_size, "mixed", bodies, rerun="run-one {id}")
+
+
+def test_subtests_of_every_kind_end_alike_on_every_rank(pool: RankPool) -> None:
+    """A failure or a skip of one rank fails the subtest on all; the ones after it pass."""
+    first, second = values(pool.run(_mixed, timeout=60.0))
+
+    assert [row[:3] for row in first.results] == [row[:3] for row in second.results]
+    assert {
+        "good": "passed",
+        "one fails": "failed",
+        "after it": "passed",
+        "all fail": "failed",
+        "all skip": "skipped",
+        "one skips": "failed",
+        "expected": "xfailed",
+        "last": "passed",
+    } == _statuses(first)
+    reasons = {id_: reason for id_, _, reason, _ in first.results if reason}
+    assert {"all skip": "needs 8 ranks", "one skips": "only rank 1 skipped it", "expected": "issue 12"} == reasons
+
+
+def test_subtests_that_failed_end_in_a_group_of_what_each_rank_raised(pool: RankPool) -> None:
+    """Each rank's own exceptions are in it, in the order of the subtests."""
+    first, second = values(pool.run(_mixed, timeout=60.0))
+
+    assert first.end.startswith("ExceptionGroup: 3 of 8 subtests failed")
+    assert second.end.startswith("ExceptionGroup: 3 of 8 subtests failed")
+    assert "ValueError: before its collectives" == second.members[0]
+    assert first.members[0].startswith("RuntimeError: "), "what gloo raised when the group was revoked"
+    assert "AssertionError: on rank 0" == first.members[1]
+    assert "AssertionError: on rank 1" == second.members[1]
+
+
+def test_subtests_at_the_end_say_each_cause_first_and_only_on_rank_0(pool: RankPool) -> None:
+    """The cause, the line of the body, the command that runs it again; then the counts."""
+    first, second = values(pool.run(_mixed, timeout=60.0))
+
+    assert "" == second.printed
+    lines = first.printed.splitlines()
+    assert ".F.FsFx." == lines[0]
+    at = lines.index("FAILED one fails")
+    assert "  rank 1, body: ValueError: before its collectives" == lines[at + 1]
+    assert lines[at + 2].strip().startswith(__file__), lines[at + 2]
+    assert "  again: run-one one fails" in lines[at:]
+    assert "FAILED one skips: only rank 1 skipped it" in lines
+    assert lines[-1].startswith("3 passed, 3 failed, 1 skipped, 1 xfailed in "), lines[-1]
+    assert any(line.startswith("slowest: ") for line in lines)
+
+
+# Ends
+
+
+def _ended_by(rank: int, world_size: int, error: type[BaseException]) -> Seen:
+    bodies = {
+        "good": _sum_of_ranks,
+        "ended": lambda: _raise(error("enough")) if rank == 0 else _sum_of_ranks(),
+        "never": _sum_of_ranks,
+    }
+    return _play(rank, world_size, f"ended-{error.__name__}", bodies)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_subtests_when_a_rank_is_interrupted_end_on_all_ranks(error: type[BaseException], pool: RankPool) -> None:
+    """An interrupt of one rank ends the loop on all; the rest is not gone through."""
+    first, second = values(pool.run(_ended_by, error, timeout=60.0))
+
+    assert {"good": "passed", "ended": "failed"} == _statuses(first) == _statuses(second)
+    assert f"{error.__name__}: enough" == first.end
+    assert second.end.startswith("RuntimeError: "), "what gloo raised when the group was revoked"
+    assert f"{error.__name__}: enough" in second.notes
+
+
+def _skip_early(rank: int, world_size: int) -> tuple[Seen, list[str]]:
+    ran: list[str] = []
+
+    def fails() -> None:
+        ran.append("a")
+        msg = "wrong"
+        raise ValueError(msg)
+
+    bodies: dict[str, Callable[[], Any]] = {"a": fails, "b": lambda: ran.append("b"), "c": lambda: ran.append("c")}
+    return _play(rank, world_size, "max-failures", bodies, max_failures=1), ran
+
+
+def test_subtests_beyond_max_failures_are_not_run(pool: RankPool) -> None:
+    """After max_failures no body runs, and the report says why."""
+    for seen, ran in values(pool.run(_skip_early, timeout=60.0)):
+        assert {"a": "failed", "b": "not run", "c": "not run"} == _statuses(seen)
+        assert ["a"] == ran
+        assert "1 subtests have failed, and max_failures=1" == seen.results[1][2]
+    assert (
+        "not run: 2 subtests, because 1 subtests have failed"
+        in values(pool.run(_skip_early, timeout=60.0))[0][0].printed
+    )
+
+
+def _over_budget(rank: int, _world_size: int) -> tuple[Seen, list[str]]:
+    ran: list[str] = []
+    late = dist.PrefixStore("late", here().new_store())
+
+    def one_is_late() -> None:
+        ran.append("a")
+        if rank == 1:
+            late.wait(["come"])  # comes when the other has given up
+
+    def others() -> None:
+        ran.append("b")
+
+    printed = io.StringIO()
+    subtests = Subtests(budget=0.2, file=printed, timeout=1, failure_timeout=1)
+    end = ""
+    try:
+        with subtests:
+            for id_, body in (("a", one_is_late), ("b", others), ("c", others)):
+                with subtests.test(id_):
+                    body()
+                late.set("come", "")
+    except ExceptionGroup as group:
+        end = str(group)
+    results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
+    return Seen(results, end, [], printed.getvalue(), 0), ran
+
+
+def test_subtests_that_have_waited_longer_than_their_budget_are_not_run() -> None:
+    """Once the ranks have waited for longer than the budget, no body runs."""
+    with RankPool(2, host="parent") as pool:
+        seen = values(pool.run(_over_budget, timeout=60.0))
+
+    for each, ran in seen:
+        assert {"a": "failed", "b": "not run", "c": "not run"} == _statuses(each), each
+        assert ["a"] == ran
+        assert "more than budget=0 s" in each.results[1][2]
+    assert "waited for: rank 1 1 s" in seen[0][0].printed
+
+
+def _go_on_with_a_dead_group(rank: int, _world_size: int) -> tuple[dict[str, str], str, list[tuple[str, bool]]]:
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    logged: list[tuple[str, bool]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append((record.getMessage(), bool(record.exc_info)))  # type: ignore[method-assign]
+    logging.getLogger("collective_scope").addHandler(handler)
+
+    def body(*, fails: bool) -> None:
+        if fails:
+            msg = "before its collectives"
+            raise ValueError(msg)
+        dist.all_reduce(torch.ones(1), group=group)
+
+    subtests = Subtests(group, file=io.StringIO(), timeout=30, failure_timeout=30)
+    try:
+        with pytest.raises(ExceptionGroup), subtests:
+            for id_ in ("a", "b", "c", "d"):
+                subtests.run(id_, body, fails=id_ == "a" and rank == 1)
+        with pytest.raises(RuntimeError), collective_scope(group, name="later"):
+            body(fails=False)
+    finally:
+        logging.getLogger("collective_scope").removeHandler(handler)
+    return {r.id: r.status for r in subtests.results}, subtests.results[-1].reason, logged
+
+
+def test_subtests_on_a_group_that_is_dead_are_not_run() -> None:
+    """After a timeout gloo never works again: that is said in full once, then in a line, and the rest is not run."""
+    with RankPool(2, host="parent") as pool:
+        seen = values(pool.run(_go_on_with_a_dead_group, timeout=60.0))
+
+    for statuses, reason, logged in seen:
+        assert {"a": "failed", "b": "failed", "c": "not run", "d": "not run"} == statuses
+        assert "the group was dead when subtest 'b' came to use it, and cannot be renewed" == reason
+        (line, is_in_full) = logged[-1]
+        assert "failed in scope 'later', body; its peers are told: its group is dead since scope '" in line
+        assert not is_in_full
+        assert sum("is dead since" not in line and is_in_full for line, is_in_full in logged) <= 2
+
+
+# On one rank
+
+
+def _subtests(**options: Any) -> tuple[Subtests, io.StringIO]:
+    printed = io.StringIO()
+    return Subtests(file=printed, **options), printed
+
+
+def test_subtests_without_torch_distributed_go_on_after_a_failure() -> None:
+    """One process without a group has the same loop, and a line for each subtest if verbose."""
+    subtests, printed = _subtests(verbose=True)
+
+    with pytest.raises(ExceptionGroup) as caught, subtests:
+        with subtests.test("a"):
+            msg = "wrong"
+            raise ValueError(msg)
+        with subtests.test("b"):
+            pass
+
+    assert [ValueError] == [type(error) for error in caught.value.exceptions]
+    lines = printed.getvalue().splitlines()
+    assert lines[0].startswith("a FAILED ")
+    assert lines[1].startswith("b PASSED ")
+
+
+def test_subtests_all_passed_raise_nothing() -> None:
+    """A loop in which all passed ends quietly, with a count."""
+    subtests, printed = _subtests()
+
+    with subtests:
+        result = subtests.run("a", divmod, 7, 2)
+
+    assert ("a", "passed", None) == (result.id, result.status, result.error)
+    assert printed.getvalue().splitlines()[-1].startswith("1 passed in ")
+
+
+def test_subtests_of_nothing_say_so() -> None:
+    """A selection that selects nothing is not taken for success in silence."""
+    subtests, printed = _subtests()
+
+    with subtests:
+        pass
+
+    assert printed.getvalue().startswith("no subtests in ")
+
+
+def test_subtests_left_by_an_error_of_the_loop_let_it_through() -> None:
+    """An error outside of any subtest is not hidden by the failures before it."""
+    subtests, _ = _subtests()
+
+    with pytest.raises(ZeroDivisionError), subtests:
+        with subtests.test("a"):
+            msg = "wrong"
+            raise ValueError(msg)
+        _raise(ZeroDivisionError())
+
+
+def test_subtest_has_the_scope_of_its_body() -> None:
+    """The body finds its scope, registers cleanups, and they run; afterwards there is none."""
+    subtests, _ = _subtests()
+    ran: list[str] = []
+
+    with subtests, subtests.test("a") as subtest:
+        assert current_scope() is subtest.scope
+        subtest.scope.cleanup(ran.append, "cleanup")
+
+    assert ["cleanup"] == ran
+    with pytest.raises(RuntimeError, match="subtest 'a' is not running"):
+        _ = subtest.scope
+
+
+def test_subtest_that_is_not_run_leaves_the_tracer_of_a_debugger_alone() -> None:
+    """A body is skipped without a trace in ``sys.settrace``."""
+    subtests, _ = _subtests(max_failures=1)
+
+    def tracer(*_: Any) -> None:
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        with pytest.raises(ExceptionGroup), subtests:
+            for _number in range(3):
+                with subtests.test("a"):
+                    _raise(ValueError())
+        after = sys.gettrace()
+    finally:
+        sys.settrace(before)
+
+    assert tracer is after
+
+
+def test_subtests_skip_and_xfail_end_the_body() -> None:
+    """Both end the body with their status and reason."""
+    subtests, _ = _subtests()
+
+    with subtests:
+        with subtests.test("a"):
+            subtests.skip("no device")
+        with subtests.test("b"):
+            subtests.xfail("known")
+
+    assert [("skipped", "no device"), ("xfailed", "known")] == [(r.status, r.reason) for r in subtests.results]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"budget": 0}, r"budget must be positive seconds \(got 0\)"),
+        ({"max_failures": 0}, r"max_failures must be at least 1 \(got 0\)"),
+    ],
+    ids=["budget", "max_failures"],
+)
+def test_subtests_with_a_wrong_option_say_the_rule_and_the_value(options: dict[str, Any], told: str) -> None:
+    """A wrong option is refused before anything runs."""
+    with pytest.raises(ValueError, match=told):
+        Subtests(**options)
+
+
+# What is judged
+
+
+def _verdict(outcomes: Mapping[int, Outcome], world_size: int = 2, missing: tuple[int, ...] = ()) -> Verdict:
+    arrived = tuple(rank for rank in range(world_size) if rank not in missing)
+    return Verdict("scope", world_size, arrived, outcomes=dict(outcomes), missing=missing)
+
+
+FAILED = Outcome("body", "ValueError", "wrong", order=2)
+SKIPPED = Outcome("body", "unittest.case.SkipTest", "no device", order=3)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status", "reason"),
+    [
+        ({0: FAILED, 1: SKIPPED}, "failed", ""),
+        ({1: FAILED, 0: attrs.evolve(SKIPPED, order=1)}, "failed", "only rank 0 skipped it"),
+        ({0: SKIPPED, 1: SKIPPED}, "skipped", "no device"),
+        ({0: SKIPPED}, "failed", "only rank 0 skipped it"),
+    ],
+    ids=["failed-first", "skipped-first", "all-skip", "one-skips"],
+)
+def test_subtest_judged_by_all_ranks_fails_unless_all_agree(
+    outcomes: dict[int, Outcome], status: str, reason: str
+) -> None:
+    """The verdict decides: the same status and reason on every rank, whatever the rank itself raised."""
+    error = unittest.SkipTest("no device")
+
+    assert (status, reason) == judge_subtest(error, _verdict(outcomes))
+
+
+# Files
+
+
+def _write_files(rank: int, world_size: int, folder: str) -> list[str]:
+    store = dist.PrefixStore(f"files-{Path(folder).name}", here().new_store())
+    world = RenewableGroup(store=store, rank=rank, world_size=world_size)
+    subtests = Subtests(world, file=io.StringIO(), timeout=30)
+    with pytest.raises(ExceptionGroup), subtests:
+        for number in range(4):
+            with subtests.test(f"subtest-{number}") as subtest:
+                subtest.scope.cleanup(int)
+                if number == 1 and rank == 1:
+                    msg = "a <tag> & \x00 a zero"
+                    raise ValueError(msg)
+                if number == 2:
+                    subtests.skip("no device")
+                _sum_of_ranks()
+    subtests.write_junit(f"{folder}/junit.xml")
+    subtests.write_trace(f"{folder}/trace.json")
+    world.destroy()
+    return [type(result.error).__name__ for result in subtests.results if result.error is not None]
+
+
+def test_subtests_write_what_ci_servers_and_perfetto_read(pool: RankPool, tmp_path: Path) -> None:
+    """JUnit XML has each subtest with its cause; the trace has a track for each rank."""
+    values(pool.run(_write_files, str(tmp_path), timeout=60.0))
+
+    suite = ET.parse(tmp_path / "junit.xml").getroot()[0]  # noqa: S314  (our own file)
+    assert {"tests": "4", "failures": "1", "skipped": "1", "errors": "0"}.items() <= suite.attrib.items()
+    failure = suite[1].find("failure")
+    assert failure is not None
+    assert "rank 1, body: ValueError: a <tag> & " in failure.attrib["message"]
+    assert "Traceback" in (failure.text or "")
+
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"rank 0", "rank 1"} == names
+    slices = [event for event in events if event["ph"] == "X"]
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in slices)
+    for rank in (0, 1):
+        mine = [event for event in slices if event["pid"] == rank]
+        assert [f"subtest-{number}" for number in range(4)] == [e["name"] for e in mine if e["cat"] == "body"]
+        assert {"body", "waiting", "cleanup", "renewal"} <= {event["cat"] for event in mine}
+
+
+def test_subtests_on_one_rank_write_a_trace_without_a_store(tmp_path: Path) -> None:
+    """A trace needs no peers."""
+    subtests, _ = _subtests()
+    with subtests, subtests.test("a"):
+        pass
+
+    subtests.write_trace(str(tmp_path / "trace.json"))
+
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert ["a"] == [event["name"] for event in events if event.get("cat") == "body"]
+
+
+def test_subtest_refused_by_every_rank_tells_why(pool: RankPool) -> None:
+    """If the group cannot be made on one rank, the subtest is not run on any; the next one tries again."""
+    for seen in values(pool.run(_make_fails, timeout=60.0)):
+        assert ["not run", "passed"] == [status for _, status, *_ in seen.results]
+        assert "rank 1, making the group: OSError: cannot be made" == seen.results[0][2]
+
+
+def _make_fails(rank: int, world_size: int) -> Seen:
+    tries: list[int] = []
+
+    def make(store: dist.Store) -> None:
+        tries.append(rank)
+        if len(tries) == 1 and rank == 1:
+            msg = "cannot be made"
+            raise OSError(msg)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+
+    def destroy() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    store = dist.PrefixStore("make-fails", here().new_store())
+    world = RenewableGroup(make, store=store, rank=rank, world_size=world_size, destroy=destroy)
+    subtests = Subtests(world, file=io.StringIO(), timeout=30, failure_timeout=30)
+    with pytest.raises(ExceptionGroup), subtests:
+        for id_ in ("a", "b"):
+            subtests.run(id_, _sum_of_ranks)
+    world.destroy()
+    results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
+    return Seen(results, "", [], "", world.made)
