@@ -136,7 +136,8 @@ class Arrival(Registry):
     def _note_death(self, error: BaseException) -> str:
         """Return since which scope the group is dead, if *error* comes of that and the log has told it in full."""
         membership = self._membership
-        if membership is None or membership.renewal is not None or not _torch.is_end_of_gloo(message_of(error)):
+        is_end = isinstance(error, RuntimeError) and _torch.is_end_of_gloo(message_of(error))
+        if membership is None or membership.renewal is not None or not is_end:
             return ""
         since, membership.dead_since = membership.dead_since, membership.dead_since or self.name
         if not since and self._barrier is not None:

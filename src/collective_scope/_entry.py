@@ -193,6 +193,8 @@ class Entry(Teardown):
             is_whole = verdict is not None and verdict.complete and not verdict.revoked
             self._membership.renewal.is_due |= not is_whole
         if (span := self._span) is not None:
+            if span.revocation is not None:
+                span.revocation.end()
             span.part.revoked.discard(self._path)
             span.control.left, span.is_left = self.name, True
             if span.is_idle:

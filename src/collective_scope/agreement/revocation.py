@@ -65,6 +65,8 @@ class Revocation:
     _done_at: float = attrs.field(default=float("inf"), init=False)
     _error: BaseException | None = attrs.field(default=None, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _revoking: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _is_over: bool = attrs.field(default=False, init=False)
     _is_in_body: bool = attrs.field(default=False, init=False)
     _is_interrupted: bool = attrs.field(default=False, init=False)
 
@@ -80,6 +82,11 @@ class Revocation:
             self._is_in_body = False
             if self._is_interrupted:
                 _raise_in(self.thread, None)
+
+    def end(self) -> None:
+        """From now on, nothing is revoked: the next scope may have a new group. Waits for what is under way."""
+        with self._revoking:
+            self._is_over = True
 
     # What the control thread calls.
 
@@ -136,10 +143,12 @@ class Revocation:
 
     def _revoke(self, pause: float, is_at_work: bool) -> None:  # noqa: FBT001  (passed on by position)
         time.sleep(pause)
-        try:
-            self.renewal.revoke(is_at_work=is_at_work)
-        except BaseException as error:  # handed to the control thread
-            self._error = error
+        with self._revoking:
+            try:
+                if not self._is_over:
+                    self.renewal.revoke(is_at_work=is_at_work)
+            except BaseException as error:  # handed to the control thread
+                self._error = error
         self._done_at = time.monotonic()
 
 
