@@ -1,10 +1,10 @@
 """
 One rank is stuck: every other rank says which, where, and since when.
 
-Run it with ``python examples/straggler.py``. Rank 1 enters an all-reduce that
-its peers never enter. At the deadline of two seconds the peers raise the same
-BarrierTimeoutError, which shows the line that rank 1 is in. Then they leave,
-and rank 1's collective fails because its peer is gone.
+Run it with ``python examples/straggler.py``. Rank 1 enters an all-reduce that rank 0 never enters.
+After one second the log of rank 0 shows the line that rank 1 is in. At the timeout of two seconds
+the scope gives up: rank 0 raises a BarrierTimeoutError, and the group is revoked, which frees rank 1.
+The all-reduce of rank 1 raises, and the same BarrierTimeoutError is in the notes of that error.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from collective_scope import BarrierTimeoutError, collective_scope
+from collective_scope import BarrierTimeoutError, RenewableGroup, collective_scope
 
 
 def combine(value: torch.Tensor) -> None:
@@ -22,18 +22,18 @@ def combine(value: torch.Tensor) -> None:
 
 
 def main(rank: int, world_size: int, port: int) -> None:
-    logging.basicConfig(level=logging.CRITICAL)  # the messages below say it all
+    logging.basicConfig(format=f"[rank {rank}] %(message)s", stream=sys.stdout)
     store = dist.TCPStore("127.0.0.1", port)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    world = RenewableGroup(store=store, rank=rank, world_size=world_size)
     try:
-        with collective_scope(name="combine", timeout=2):
+        with collective_scope(world, name="combine", warn_after=1, timeout=2):
             if rank == 1:
                 combine(torch.ones(4))
     except BarrierTimeoutError as error:
-        print(f"[rank {rank}] {type(error).__name__}: {error}", flush=True)
-    except RuntimeError:
-        print(f"[rank {rank}] was freed when its peer left", flush=True)
-        sys.exit(0)
+        print(f"[rank {rank}] BarrierTimeoutError: {error}", flush=True)
+    except RuntimeError as error:
+        print(f"[rank {rank}] was freed: {type(error).__name__}", *error.__notes__, sep="\n", flush=True)
+    world.destroy()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """
-A test to copy: ranks that stay, and run subtests in a loop, each in a scope.
+A test to copy: ranks that stay, and run subtests in a loop.
 
-Run it with ``python -m pytest examples/test_subtests.py``.
+Run it with ``python -m pytest examples/test_subtests.py``. It shows each verb where it belongs: a buffer that
+all ranks make and destroy together is held, and destroyed by a collective cleanup; a check of
+numbers comes after the last collective. For ranks that may be lost, see ``examples/pool``.
 """
 
 import logging
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from collective_scope import CollectiveScope, collective_scope
+from collective_scope import RenewableGroup, Subtests, current_scope
 
 
 WORLD_SIZE = 2
@@ -28,7 +30,8 @@ class Buffer:
         dist.barrier()
 
 
-def subtest(scope: CollectiveScope, size: int) -> None:
+def subtest(size: int) -> None:
+    scope = current_scope()
     buffer = scope.hold(Buffer(size))  # alive on every rank until after the barrier
     scope.collective_cleanup(buffer.destroy, fingerprint=lambda: buffer.value.shape)
     buffer.value += dist.get_rank() + 1
@@ -39,18 +42,11 @@ def subtest(scope: CollectiveScope, size: int) -> None:
 def worker(rank: int, port: int) -> None:
     logging.basicConfig(force=True)  # where a failing rank logs its traceback; force, if pytest has forked this process
     store = dist.TCPStore("127.0.0.1", port)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
-    failed = []
-    for size in (10, 1000):
-        try:
-            with collective_scope(name=f"size-{size}", timeout=60) as scope:
-                subtest(scope, size)
-        except Exception as error:  # noqa: BLE001  (on every rank, or on none)
-            failed.append(f"size-{size}: {error!r}")
-            # mp.spawn itself shows the error of one rank only; where a peer is, and why, may be in the notes.
-            print(f"rank {rank}: {error}", *getattr(error, "__notes__", ()), sep="\n", flush=True)
-    dist.destroy_process_group()
-    assert not failed, "\n".join(failed)
+    world = RenewableGroup(store=store, rank=rank, world_size=WORLD_SIZE)
+    with Subtests(world, timeout=60) as subtests:  # raises at the end, on every rank, if a subtest failed on any
+        for size in (10, 1000):
+            subtests.run(f"size-{size}", subtest, size)
+    world.destroy()
 
 
 def test_subtests() -> None:

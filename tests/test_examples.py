@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from tests.ranks import run_script
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+PNG = b"\x89PNG"
 
 
 def lines_of(example: str) -> list[str]:
@@ -35,39 +40,83 @@ def test_decorated_worker_shared_folder_is_removed_after_the_barrier() -> None:
     )
 
 
-def test_failing_rank_fails_one_subtest_on_all_ranks() -> None:
-    """The failing rank keeps its own error, its peer is told, and both go on."""
-    text = "\n".join(lines_of("failing_rank.py"))
+def test_failing_rank_costs_one_subtest_and_no_process() -> None:
+    """Each rank gets its own error, the report has the cause first, and the group is made again once."""
+    lines = lines_of("failing_rank.py")
+    text = "\n".join(lines)
 
+    marks = [line.split(" ")[:2] for line in lines if line.startswith("value-")]
+    assert marks == [["value-10", "PASSED"], ["value-20", "FAILED"], ["value-30", "PASSED"]]
+    cause, where = lines[lines.index("FAILED value-20") + 1 :][:2]
+    assert cause == "  rank 1, body: ValueError: no room for 20"
+    assert re.fullmatch(r"    .*failing_rank\.py:\d+", where)
+    assert re.search(r"^2 passed, 1 failed in ", text, re.MULTILINE)
+    assert "[rank 1] ValueError" in lines
+    assert sum(line.startswith("[rank 0] ") for line in lines) == 2  # an error of gloo's, whose name is not promised
     for rank in (0, 1):
-        assert f"[rank {rank}] value-10 passed" in text
-        assert f"[rank {rank}] value-30 passed" in text
-    assert "[rank 1] value-20 FAILED: AssertionError: expected 42, got 41" in text
-    assert (
-        "[rank 0] value-20 FAILED: PeerFailedError: rank 1 of 2 failed in scope 'value-20':"
-        " AssertionError: expected 42, got 41"
-    ) in text
-    assert "[rank 1] ERROR rank 1 of 2 failed in scope 'value-20', body; its peers are told now" in text
-    assert "assert total.item() == expected" in text.partition("[rank 0] value-20 FAILED")[2]
+        assert f"[rank {rank}] the group was made 2 times" in lines
 
 
-def test_straggler_is_located_by_its_peer() -> None:
-    """The peer's error names the stuck rank, its phase, and the line that it is in."""
+def test_straggler_is_located_by_its_peer_and_freed() -> None:
+    """The peer's error names the stuck rank, its phase, and its line; the stuck rank has the same as a note."""
     text = "\n".join(lines_of("straggler.py"))
+    # Each begins with the name of its rank, in whatever order.
+    messages = re.split(r"^(?=\[rank \d\] )", text, flags=re.MULTILINE)
+    late = "rank 1 of 2 missing at the exit of scope 'combine' after 2."
 
-    assert "[rank 0] BarrierTimeoutError: rank 1 of 2 missing at the exit of scope 'combine' after 2." in text
-    assert "in the body of scope 'combine' for 2." in text
-    assert "dist.all_reduce(value)" in text
-    assert "[rank 1] was freed when its peer left" in text
+    [warning, *_] = [each for each in messages if each.startswith("[rank 0] rank 0 has waited ")]
+    [error] = [each for each in messages if each.startswith(f"[rank 0] BarrierTimeoutError: {late}")]
+    [freed] = [each for each in messages if each.startswith("[rank 1] was freed: ")]
+    assert "BarrierTimeoutError: " + late in freed
+    for told in (warning, error, freed):
+        assert "in the body of scope 'combine' for " in told
+        assert "dist.all_reduce(value)" in told
 
 
-def test_subtests_of_the_readme_pass_and_are_what_it_shows() -> None:
-    """The test that the README shows to be copied is this file, without its first lines, and passes."""
+def test_weak_cache_hangs_as_the_pull_request_ends_it_and_passes_with_hold() -> None:
+    """The deadlock is real: with a barrier in ``finally`` both ranks hang, each in another call."""
+    variants = ("--variant", "pull_request", "--variant", "scope_hold")
+    run = run_script(EXAMPLES / "weak_cache_deadlock.py", *variants, "--deadline", "4", timeout=120)
+
+    assert re.search(r"1 x hung +rank 0 in destroy, rank 1 in barrier$", run.stdout, re.MULTILINE)
+    assert re.search(r"1 x passed +$", run.stdout, re.MULTILINE)
+
+
+def test_trace_a_run_has_straggler_failure_and_renewal_in_one_track_a_rank(tmp_path: Path) -> None:
+    """Peers are in the body of the failed subtest until they are freed; matplotlib, if there, draws a picture of it."""
+    trace, pictures = tmp_path / "run.json", [tmp_path / "run.png"] * (find_spec("matplotlib") is not None)
+    run = run_script(EXAMPLES / "trace_a_run.py", trace, *pictures, timeout=120)
+
+    bodies: dict[tuple[str, int], tuple[float, float]] = {}
+    made: dict[int, list[float]] = defaultdict(list)
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event.get("cat") == "body":
+            bodies[event["name"], event["pid"]] = (event["ts"], event["ts"] + event["dur"])
+        elif event.get("cat") == "renewal":
+            made[event["pid"]].append(event["ts"])
+    slow_ends, failing_ends = ([bodies[name, rank][1] for rank in range(4)] for name in ("slow", "fails"))
+    assert slow_ends.index(max(slow_ends)) == 2
+    assert failing_ends.index(min(failing_ends)) == 1
+    for rank in range(4):
+        _, renewed = made[rank]
+        assert failing_ends[rank] < renewed < bodies["sum-2", rank][0]
+    assert "  rank 1, body: ValueError: shapes differ" in run.stdout.splitlines()
+    assert all(picture.read_bytes().startswith(PNG) for picture in pictures)
+
+
+def test_picture_of_the_readme_is_small() -> None:
+    """It is a PNG that does not slow a page down."""
+    picture = (EXAMPLES / "run.png").read_bytes()
+
+    assert picture.startswith(PNG)
+    assert len(picture) < 150_000
+
+
+def test_subtests_to_copy_pass() -> None:
+    """The test to copy is one pytest item, and passes."""
     run = run_script("-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLES / "test_subtests.py", timeout=120)
-    code = (EXAMPLES / "test_subtests.py").read_text().split('"""\n', 2)[2].strip()
 
     assert "1 passed" in run.stdout
-    assert f"```python\n{code}\n```" in (EXAMPLES.parent / "README.md").read_text()
 
 
 _LOSES_A_RANK = """
@@ -76,7 +125,7 @@ import test_subtests as example
 
 whole = example.worker
 
-def lose_a_rank(scope, size):
+def lose_a_rank(size):
     if example.dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if COLLECTIVE:
@@ -93,14 +142,26 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("collective", [False, True], ids=["at-the-exit", "in-a-collective"])
-def test_subtests_of_the_readme_that_lose_a_rank_say_which(collective: bool, tmp_path: Path) -> None:  # noqa: FBT001  (parametrized)
-    """What `mp.spawn` does not show is printed by the ranks that are left, subtest by subtest, as an error or a note."""
+def test_subtests_to_copy_that_lose_a_rank_say_which_and_run_no_more(collective: bool, tmp_path: Path) -> None:  # noqa: FBT001  (parametrized)
+    """The rank that is left fails the subtest, does not begin the next one, and says which rank is gone."""
     shutil.copy(EXAMPLES / "test_subtests.py", tmp_path)
     script = tmp_path / "script.py"
     script.write_text(_LOSES_A_RANK.replace("COLLECTIVE", str(collective)))
     run = run_script(script, timeout=120, expect_exit=1)
 
     assert "process 1 terminated with signal SIGKILL" in run.stderr
-    before = "PeerLostError" if collective else "rank 0"
-    assert f"{before}: rank 1 of 2 lost at the exit of scope 'size-10'" in run.stdout
-    assert "rank 0: rank 1 of 2 lost at the entry of scope 'size-1000'" in run.stdout
+    assert "FAILED size-10" in run.stdout.splitlines()
+    if not collective:
+        assert "  rank 1 of 2 lost at the exit of scope 'size-10'" in run.stdout
+    assert "not run: 1 subtests, because rank 1 of 2 lost at the entry of scope 'size-1000'" in run.stdout
+    assert re.search(r"^1 failed, 1 not run in ", run.stdout, re.MULTILINE)
+
+
+def test_index_of_examples_names_each_of_them() -> None:
+    """Every link of the index leads to a file, and no example is without a question."""
+    text = (EXAMPLES / "README.md").read_text()
+    linked = {EXAMPLES / link for link in re.findall(r"\]\(([^)]+)\)", text)}
+    examples = {path for path in EXAMPLES.glob("*.py") if path.name != "__init__.py"}
+
+    assert [str(path) for path in linked if not path.exists()] == []
+    assert examples | {EXAMPLES / "test_moe_layer", EXAMPLES / "pool" / "pool.py"} <= linked

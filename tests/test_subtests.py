@@ -472,6 +472,8 @@ def test_subtests_write_what_ci_servers_and_perfetto_read(pool: RankPool, tmp_pa
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert {"rank 0", "rank 1"} == names
+    happened = {(event["name"], event["pid"]) for event in events if event["ph"] == "i"}
+    assert {("subtest-1: failed", 1), ("subtest-1: failed", 0), ("subtest-1: revoked", 1)} <= happened
     slices = [event for event in events if event["ph"] == "X"]
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in slices)
     for rank in (0, 1):

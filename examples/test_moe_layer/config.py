@@ -1,93 +1,93 @@
-"""The matrix: axes, one configuration, its id, why a combination is invalid, tolerances."""
+"""The matrix: axes, one configuration, its id, why a combination is invalid, tolerances. Names and ids are vLLM's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Self
 
 import attrs
 import torch
 
 
-SHAPES = ((1, 128, 256), (32, 512, 512), (222, 1024, 2048))
-"""Tokens a data parallel rank holds, intermediate size, hidden size: (m, n, k)."""
+SHAPE_COMBOS = ((1, 128, 256), (32, 512, 512), (222, 1024, 2048))
+"""Tokens of a data parallel rank, intermediate size, hidden size: (m, n, k)."""
 
 NUM_EXPERTS = (8, 64)
-TOP_K = (2, 6)
-DTYPES = ("bfloat16",)
-QUANTIZATIONS = ("none", "fp8", "fp8_blocked", "modelopt_fp8", "modelopt_fp4")
+TOP_KS = (2, 6)
+QUANT_METHODS = (None, "fp8", "fp8_blocked", "modelopt_fp8", "modelopt_fp4")
 LARGE_HIDDEN = 2048
 
-
-@attrs.frozen
-class Layout:
-    """How the ranks are used: *dp* x *tp* ranks, expert parallel over all of them or not."""
-
-    name: str
-    dp: int
-    tp: int
-    expert_parallel: bool
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks in all."""
-        return self.dp * self.tp
-
-    @property
-    def ep(self) -> int:
-        """Number of ranks the experts are divided among."""
-        return self.world_size if self.expert_parallel else 1
-
-    @property
-    def sequence_parallel(self) -> bool:
-        """Tokens, not weights, are split over the *tp* ranks."""
-        return self.expert_parallel and self.tp > 1
-
-
-SINGLE = Layout("single", dp=1, tp=1, expert_parallel=False)
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        SINGLE,
-        Layout("tp2", dp=1, tp=2, expert_parallel=False),
-        Layout("tp4", dp=1, tp=4, expert_parallel=False),
-        Layout("ep2", dp=2, tp=1, expert_parallel=True),
-        Layout("ep4", dp=4, tp=1, expert_parallel=True),
-        Layout("sp4", dp=2, tp=2, expert_parallel=True),
-    )
+PARALLEL_COMBOS = {
+    "single": (1, 1, False),
+    "tp2": (1, 2, False),
+    "tp4": (1, 4, False),
+    "ep2": (2, 1, True),
+    "ep4": (4, 1, True),
+    "sp4": (2, 2, True),
 }
+"""Layouts: data parallel size, tensor parallel size, whether experts are divided among all ranks."""
 
-BACKENDS: dict[str, tuple[str, ...]] = {
-    # As in vLLM, whose gather-based backend has no blocked fp8.
-    "allgather_reducescatter": ("none", "fp8", "modelopt_fp8", "modelopt_fp4"),
-    "all_to_all": QUANTIZATIONS,
-    "shared_memory": QUANTIZATIONS,
-    "symm_mem": QUANTIZATIONS,
-    "deep_ep": ("none", "fp8_blocked", "modelopt_fp8", "modelopt_fp4"),
+BACKEND_SUPPORTED_QUANTS: dict[str, tuple[str | None, ...]] = {
+    "allgather_reducescatter": (None, "fp8", "modelopt_fp8", "modelopt_fp4"),
+    "all_to_all": QUANT_METHODS,
+    "shared_memory": QUANT_METHODS,
+    "symm_mem": QUANT_METHODS,
+    "deep_ep": (None, "fp8_blocked", "modelopt_fp8", "modelopt_fp4"),
+    "deep_ep_low_latency": (None, "fp8_blocked", "modelopt_fp4"),
 }
-"""Backend -> the quantizations it is tested with."""
+BACKENDS = tuple(BACKEND_SUPPORTED_QUANTS)
 
-NO_BACKEND = "local"
-"""Backend of the layout `single`, which sends nothing."""
+VLLM_BACKENDS = {"deepep_high_throughput": "deep_ep", "deepep_low_latency": "deep_ep_low_latency"}
+"""What vLLM calls backends that have another name here."""
+
+DEEPEP_LOW_LATENCY_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
+"""Hidden sizes that its kernels are compiled for."""
+
+EPLB_SUPPORTED_QUANTS = (None, "fp8")
+EPLB_SUPPORTED_BACKENDS = ("allgather_reducescatter",)
+
+NATIVE_CAPABILITY = {"fp8": (8, 9), "fp8_blocked": (8, 9), "modelopt_fp8": (8, 9), "modelopt_fp4": (10, 0)}
+"""Compute capability from which on a device multiplies such numbers itself; before it, this port emulates."""
 
 
 @attrs.frozen
-class Config:
-    """One subtest. Field order is the order of the words in its id."""
+class MoETestConfig:
+    """One subtest. The order of the fields is the order of the words in its id."""
 
     m: int
     n: int
     k: int
     num_experts: int
     top_k: int
-    dtype: str
-    quantization: str
-    shared_experts: bool
-    gate: bool
-    latent: bool  # routed input transform: experts work at k / 2
-    eplb: bool
-    layout: Layout
-    backend: str
+    in_dtype: torch.dtype
+    quantization: str | None
+    use_shared_experts: bool
+    use_gate: bool
+    use_routed_input_transform: bool  # experts work at k / 2
+    enable_eplb: bool = False
+    backend: str | None = None
+    ep_size: int = 1
+    dp_size: int = 1
+    tp_size: int = 1
+    uneven_tokens: bool = False  # not in vLLM, and in the id only if True
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.dp_size * self.tp_size
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        """Whether tokens, not weights, are split over the tensor parallel ranks."""
+        return self.ep_size > 1 and self.tp_size > 1
+
+    @property
+    def layout(self) -> str:
+        """Name of its parallel combination; empty if the matrix has none such."""
+        combo = (self.dp_size, self.tp_size, self.ep_size > 1)
+        known = next((name for name, each in PARALLEL_COMBOS.items() if each == combo), "")
+        return known if self.ep_size in (1, self.world_size) else ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -95,179 +95,180 @@ class Config:
         return self.m, self.n, self.k
 
     @property
-    def expert_hidden(self) -> int:
-        """Hidden size the experts see."""
-        return self.k // 2 if self.latent else self.k
+    def routed_expert_hidden_size(self) -> int:
+        """Hidden size that the experts see."""
+        return self.k // 2 if self.use_routed_input_transform else self.k
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """What *dtype* names."""
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    @property
-    def id(self) -> str:
-        """Every field in one word; `config_from_id` converts it back."""
-        words = [
-            f"m{self.m}",
-            f"n{self.n}",
-            f"k{self.k}",
-            f"e{self.num_experts}",
-            f"top{self.top_k}",
-            self.dtype,
-            self.quantization,
-            *(word if on else f"no{word}" for word, on in self.switches.items()),
-            self.layout.name,
-            self.backend,
-        ]
-        return f"[{'-'.join(words)}]"
+    def num_tokens_across_dp(self) -> list[int]:
+        """How many tokens each data parallel rank has; *m* the first one, and fewer, down to none, the others if uneven."""
+        return [self.m * (self.dp_size - rank * self.uneven_tokens) // self.dp_size for rank in range(self.dp_size)]
 
     @property
     def switches(self) -> dict[str, bool]:
-        """What is on or off, by its word in the id."""
-        return {
-            "shared": self.shared_experts,
-            "gate": self.gate,
-            "latent": self.latent,
-            "eplb": self.eplb,
-        }
+        """What is on or off."""
+        return {field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.type == "bool"}
+
+    def id(self) -> str:
+        """Return every field in one word; `from_id` converts it back."""
+        values = attrs.astuple(self)
+        words = [str(value).removeprefix("torch.") for value in values[: None if self.uneven_tokens else -1]]
+        return f"[{'-'.join(words)}]"
+
+    @classmethod
+    def from_id(cls, text: str) -> Self:
+        """
+        Convert an id, this port's or vLLM's, to its configuration.
+
+        Raises:
+            ValueError: If *text* is not the id of a configuration.
+        """
+        words = text.strip().removeprefix("[").removesuffix("]").split("-")
+        fields = attrs.fields(cls)
+        if len(words) not in (len(fields) - 1, len(fields)):
+            msg = f"{text!r} has {len(words)} words, an id has {len(fields) - 1}, or {len(fields)} with uneven_tokens"
+            raise ValueError(msg)
+        values = []
+        for field, word in zip(fields, words, strict=False):
+            try:
+                values.append(CONVERTERS[field.type](word))
+            except (KeyError, ValueError):
+                msg = f"{text!r} is not the id of a configuration: {word!r} is no {field.name} ({field.type})"
+                raise ValueError(msg) from None
+        return cls(*values)
 
     @property
     def tolerance(self) -> float:
-        """Absolute and relative tolerance against unquantized weights."""
+        """Absolute and relative tolerance against unquantized weights; vLLM's."""
         large = self.k >= LARGE_HIDDEN
-        if self.quantization == "none":
+        if self.quantization is None:
             return 7.6e-2 if large else 3.5e-2
         if "fp8" in self.quantization:
             return 6.5e-2
-        gathered = self.backend == "allgather_reducescatter" and self.layout.tp > 1
-        return 1e-1 + (self.k * 1e-4 if large else 0.0) + (2e-1 if gathered else 0.0)
+        is_gathered = self.backend == "allgather_reducescatter" and self.tp_size > 1
+        return 1e-1 + (self.k * 1e-4 if large else 0.0) + (2e-1 if is_gathered else 0.0)
 
     @property
     def row_tolerance(self) -> float:
         """
         Largest error of a token's whole output, relative to its size (2-norm).
 
-        Ours, and the sharper test: where a single number may be off by more than the size
+        Not vLLM's, and the sharper test: where a single number may be off by more than the size
         of the output, an expert computed from the wrong half of a rank's weights passes.
         """
-        if self.quantization == "none":
+        if self.quantization is None:
             return 0.02
         return 0.12 if "fp8" in self.quantization else 0.22
 
 
-def config_from_id(text: str) -> Config:
-    """
-    Convert an id back to its configuration.
+CONVERTERS: dict[object, Callable[[str], object]] = {
+    "int": int,
+    "bool": {"True": True, "False": False}.__getitem__,
+    "torch.dtype": {"bfloat16": torch.bfloat16}.__getitem__,
+    "str | None": lambda word: None if word == "None" else VLLM_BACKENDS.get(word, word),
+}
+"""From a word of an id to the value of a field of that type."""
 
-    Raises:
-        ValueError: If *text* is not the id of a configuration.
-    """
-    words = text.strip().removeprefix("[").removesuffix("]").split("-")
-    if len(words) != len(attrs.fields(Config)):
-        msg = f"{text!r} has {len(words)} words, an id has {len(attrs.fields(Config))}"
-        raise ValueError(msg)
-    try:
-        config = Config(
-            m=int(words[0].removeprefix("m")),
-            n=int(words[1].removeprefix("n")),
-            k=int(words[2].removeprefix("k")),
-            num_experts=int(words[3].removeprefix("e")),
-            top_k=int(words[4].removeprefix("top")),
-            dtype=words[5],
-            quantization=words[6],
-            shared_experts=words[7] == "shared",
-            gate=words[8] == "gate",
-            latent=words[9] == "latent",
-            eplb=words[10] == "eplb",
-            layout=LAYOUTS[words[11]],
-            backend=words[12],
-        )
-    except (KeyError, ValueError) as exc:
-        msg = f"{text!r} is not the id of a configuration: {exc}"
-        raise ValueError(msg) from exc
-    if config.id != f"[{'-'.join(words)}]":  # a misspelt switch would otherwise mean "off"
-        msg = f"{text!r} is not the id of a configuration; did you mean {config.id!r}?"
-        raise ValueError(msg)
-    return config
-
-
-RULES: tuple[tuple[str, Callable[[Config], bool]], ...] = (
-    (
-        "no backend is needed without peers, and only then",
-        lambda c: (c.layout.world_size == 1) != (c.backend == NO_BACKEND),
-    ),
+RULES: tuple[tuple[str, Callable[[MoETestConfig], bool]], ...] = (
+    ("the matrix has no such layout", lambda c: not c.layout),
+    ("there is no such quantization", lambda c: c.quantization not in QUANT_METHODS),
+    ("there is no such backend", lambda c: c.backend is not None and c.backend not in BACKENDS),
+    ("a backend is needed with peers, and only then", lambda c: (c.world_size == 1) != (c.backend is None)),
     (
         "the backend is not tested with this quantization",
-        lambda c: c.backend != NO_BACKEND and c.quantization not in BACKENDS[c.backend],
+        lambda c: c.backend in BACKENDS and c.quantization not in BACKEND_SUPPORTED_QUANTS[c.backend],
     ),
     (
         "only allgather_reducescatter runs without expert parallelism",
-        lambda c: c.backend not in (NO_BACKEND, "allgather_reducescatter") and not c.layout.expert_parallel,
+        lambda c: c.backend not in (None, "allgather_reducescatter") and c.ep_size == 1,
+    ),
+    (
+        "deep_ep_low_latency has kernels for some hidden sizes only",
+        lambda c: c.backend == "deep_ep_low_latency" and c.k not in DEEPEP_LOW_LATENCY_HIDDEN,
+    ),
+    (
+        "DeepEP is not given a rank without tokens",
+        lambda c: c.backend in VLLM_BACKENDS.values() and 0 in c.num_tokens_across_dp,
     ),
     (
         "a routed input transform needs shared experts, which see the untransformed input",
-        lambda c: c.latent and not c.shared_experts,
+        lambda c: c.use_routed_input_transform and not c.use_shared_experts,
     ),
     (
         "a routed input transform does not combine with EPLB",
-        lambda c: c.latent and c.eplb,
+        lambda c: c.use_routed_input_transform and c.enable_eplb,
     ),
     (
         "a routed input transform does not combine with a gate inside the layer",
-        lambda c: c.latent and c.gate,
+        lambda c: c.use_routed_input_transform and c.use_gate,
     ),
     (
-        "deep_ep has no routed input transform",
-        lambda c: c.latent and c.backend == "deep_ep",
+        "DeepEP has no routed input transform",
+        lambda c: c.use_routed_input_transform and c.backend in VLLM_BACKENDS.values(),
     ),
     (
         "a routed input transform is tested unquantized only at k >= 2048",
-        lambda c: c.latent and c.quantization != "none" and c.k >= LARGE_HIDDEN,
+        lambda c: c.use_routed_input_transform and c.quantization is not None and c.k >= LARGE_HIDDEN,
     ),
+    ("EPLB needs expert parallelism", lambda c: c.enable_eplb and c.ep_size == 1),
     (
-        "EPLB needs expert parallelism",
-        lambda c: c.eplb and not c.layout.expert_parallel,
-    ),
-    (
-        "EPLB is tested with quantization none and fp8 only",
-        lambda c: c.eplb and c.quantization not in ("none", "fp8"),
+        "EPLB is tested with quantization None and fp8 only",
+        lambda c: c.enable_eplb and c.quantization not in EPLB_SUPPORTED_QUANTS,
     ),
     (
         "EPLB is tested with allgather_reducescatter only",
-        lambda c: c.eplb and c.backend != "allgather_reducescatter",
+        lambda c: c.enable_eplb and c.backend not in EPLB_SUPPORTED_BACKENDS,
     ),
+    ("experts must divide evenly among the ranks", lambda c: c.num_experts % c.ep_size != 0),
+    ("uneven tokens need data parallelism", lambda c: c.uneven_tokens and c.dp_size == 1),
     (
-        "experts must divide evenly among the ranks",
-        lambda c: c.num_experts % c.layout.ep != 0,
+        "uneven tokens are tested with quantization None and fp8 only",
+        lambda c: c.uneven_tokens and c.quantization not in (None, "fp8"),
     ),
 )
 """A reason in words, and when it applies."""
 
 
-def why_invalid(config: Config) -> list[str]:
-    """Return every reason why *config* is not a valid combination; none if it is."""
-    return [reason for reason, applies in RULES if applies(config)]
+def why_invalid(config: MoETestConfig, capability: tuple[int, int] | None = None) -> list[str]:
+    """
+    Return every reason why *config* is not a valid combination; none if it is.
+
+    Args:
+        config: What to judge.
+        capability: A device's compute capability, if what this device has to emulate is invalid; None: all is emulated.
+    """
+    reasons = [reason for reason, applies in RULES if applies(config)]
+    needed = NATIVE_CAPABILITY.get(config.quantization or "", (0, 0))
+    if capability is not None and capability < needed:
+        here = ".".join(map(str, capability))
+        reasons.append(f"{config.quantization} needs compute capability {'.'.join(map(str, needed))} (got {here})")
+    return reasons
 
 
-def all_combinations(layouts: tuple[Layout, ...], backends: tuple[str, ...]) -> Iterator[Config]:
+def is_valid_config(config: MoETestConfig, capability: tuple[int, int] | None = None) -> tuple[bool, str | None]:
+    """Return whether *config* is a valid combination, and if not, why not; see `why_invalid`."""
+    reasons = why_invalid(config, capability)
+    return not reasons, "; ".join(reasons) or None
+
+
+def all_combinations(layouts: Sequence[str], backends: Sequence[str]) -> Iterator[MoETestConfig]:
     """Yield the whole product, what decides the weights changing slowest (see `data`)."""
     switch = (False, True)
-    for shape, experts, latent, top_k, gate, dtype, quantization in product(
-        SHAPES, NUM_EXPERTS, switch, TOP_K, switch, DTYPES, QUANTIZATIONS
+    parallel = [
+        (backend if dp * tp > 1 else None, dp * tp if use_ep else 1, dp, tp)
+        for dp, tp, use_ep in (PARALLEL_COMBOS[name] for name in layouts)
+        for backend in (backends if dp * tp > 1 else ("",))
+    ]
+    for shape, experts, transform, top_k, gate, quantization in product(
+        SHAPE_COMBOS, NUM_EXPERTS, switch, TOP_KS, switch, QUANT_METHODS
     ):
-        for shared, eplb, layout, backend in product(switch, switch, layouts, (NO_BACKEND, *backends)):
-            yield Config(
-                *shape,
-                num_experts=experts,
-                top_k=top_k,
-                dtype=dtype,
-                quantization=quantization,
-                shared_experts=shared,
-                gate=gate,
-                latent=latent,
-                eplb=eplb,
-                layout=layout,
-                backend=backend,
-            )
+        for shared, eplb, (backend, ep, dp, tp), uneven in product(switch, switch, parallel, switch):
+            weights = (*shape, experts, top_k, torch.bfloat16, quantization)
+            yield MoETestConfig(*weights, shared, gate, transform, eplb, backend, ep, dp, tp, uneven)
+
+
+def generate_valid_test_configs(
+    layouts: Sequence[str], backends: Sequence[str], capability: tuple[int, int] | None = None
+) -> list[MoETestConfig]:
+    """Return the valid ones of all combinations."""
+    return [config for config in all_combinations(layouts, backends) if is_valid_config(config, capability)[0]]

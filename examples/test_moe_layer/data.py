@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .config import Config
+from .config import MoETestConfig
 
 
 SEED = 7
@@ -21,7 +21,7 @@ TOKEN_SCALE = 0.1
 LOGIT_SCALE = 3.0
 """Spread of the router logits: the chosen experts shall carry most of the weight."""
 
-GATE_UP, DOWN, ROUTER, TRANSFORM_IN, TRANSFORM_OUT, SHARED_GATE_UP, SHARED_DOWN = range(7)
+GATE_UP, DOWN, GATE, TRANSFORM_IN, TRANSFORM_OUT, SHARED_GATE_UP, SHARED_DOWN = range(7)
 TOKENS, LOGITS = 100, 200
 
 
@@ -32,71 +32,78 @@ def normal(stream: int, *size: int, std: float, dtype: torch.dtype, device: torc
 
 
 @attrs.frozen(eq=False)
-class Problem:
+class MoETestData:
     """
     One rank's tokens, and the full weights. Weights are (out, in), experts are stacked.
 
     Attributes:
-        w13: gate and up projection of every expert, (experts, 2 n, k').
+        w1: gate and up projection of every expert, (experts, 2 n, k').
         w2: down projection of every expert, (experts, k', n).
-        hidden: tokens of this data parallel rank, (m, k).
-        router_logits: given to the layer unless it has a gate, (m, experts).
-        router: the gate's weight, (experts, k).
+        hidden_states: tokens of this data parallel rank, (tokens, k).
+        router_logits: given to the layer unless it has a gate, (tokens, experts).
+        gate: the gate's weight, (experts, k).
+        routed_input_transform: (k', k).
+        routed_output_transform: (k, k').
+        shared_w1: gate and up projection of the shared experts, (2 n, k).
+        shared_w2: their down projection, (k, n).
     """
 
-    w13: Tensor
+    w1: Tensor
     w2: Tensor
-    hidden: Tensor
+    hidden_states: Tensor
     router_logits: Tensor
-    router: Tensor
-    transform_in: Tensor
-    transform_out: Tensor
-    shared_w13: Tensor
+    gate: Tensor
+    routed_input_transform: Tensor
+    routed_output_transform: Tensor
+    shared_w1: Tensor
     shared_w2: Tensor
 
 
-def output_scale(config: Config) -> float:
+def output_scale(config: MoETestConfig) -> float:
     """
     Size of the output: what the down projections are multiplied with.
 
     The error of a quantization is relative, its tolerance half absolute, so an output of
     size 1 would be rejected for honest rounding. A power of two changes no rounding.
     """
-    return 1.0 if config.quantization == "none" else 0.125
+    return 1.0 if config.quantization is None else 0.125
 
 
-def make_problem(config: Config, dp_rank: int, device: torch.device) -> Problem:
+def setup_moe_test_data(config: MoETestConfig, dp_rank: int, device: torch.device) -> MoETestData:
     """
     Draw the data of *config*.
 
     Each data parallel rank has tokens of its own: with equal tokens everywhere, one that
     is returned to the wrong rank would go unnoticed.
     """
-    m, n, k, dtype = config.m, config.n, config.k, config.torch_dtype
-    inner, scale = config.expert_hidden, output_scale(config)
-    w13, w2 = expert_weights(config.num_experts, n, inner, dtype, device)
+    n, k, dtype = config.n, config.k, config.in_dtype
+    tokens = config.num_tokens_across_dp[dp_rank]
+    inner, scale = config.routed_expert_hidden_size, output_scale(config)
+    w1, w2 = make_test_weights(config.num_experts, n, inner, dtype, device)
 
     def draw(stream: int, *size: int, std: float, dtype: torch.dtype = dtype) -> Tensor:
         return normal(stream, *size, std=std, dtype=dtype, device=device)
 
-    return Problem(
-        w13=w13,
+    return MoETestData(
+        w1=w1,
         w2=w2 * scale,
-        hidden=draw(TOKENS + dp_rank, m, k, std=TOKEN_SCALE),
+        hidden_states=draw(TOKENS + dp_rank, tokens, k, std=TOKEN_SCALE),
         # Logits in float32: in bfloat16, equal logits would make the choice arbitrary.
-        router_logits=draw(LOGITS + dp_rank, m, config.num_experts, std=LOGIT_SCALE, dtype=torch.float32),
-        router=draw(ROUTER, config.num_experts, k, std=LOGIT_SCALE / TOKEN_SCALE * k**-0.5),
-        transform_in=draw(TRANSFORM_IN, k // 2, k, std=k**-0.5),
-        transform_out=draw(TRANSFORM_OUT, k, k // 2, std=(k // 2) ** -0.5),
-        shared_w13=draw(SHARED_GATE_UP, 2 * n, k, std=k**-0.5 / TOKEN_SCALE),
+        router_logits=draw(LOGITS + dp_rank, tokens, config.num_experts, std=LOGIT_SCALE, dtype=torch.float32),
+        gate=draw(GATE, config.num_experts, k, std=LOGIT_SCALE / TOKEN_SCALE * k**-0.5),
+        routed_input_transform=draw(TRANSFORM_IN, k // 2, k, std=k**-0.5),
+        routed_output_transform=draw(TRANSFORM_OUT, k, k // 2, std=(k // 2) ** -0.5),
+        shared_w1=draw(SHARED_GATE_UP, 2 * n, k, std=k**-0.5 / TOKEN_SCALE),
         # Half as large as the routed output, which must not hide behind it.
         shared_w2=draw(SHARED_DOWN, k, n, std=0.8 * n**-0.5) * scale,
     )
 
 
 @lru_cache(maxsize=1)
-def expert_weights(num_experts: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def make_test_weights(
+    num_experts: int, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Draw the experts, scaled by fan-in so that each answers with a spread of about 1."""
-    w13 = normal(GATE_UP, num_experts, 2 * n, k, std=k**-0.5 / TOKEN_SCALE, dtype=dtype, device=device)
+    w1 = normal(GATE_UP, num_experts, 2 * n, k, std=k**-0.5 / TOKEN_SCALE, dtype=dtype, device=device)
     w2 = normal(DOWN, num_experts, k, n, std=1.6 * n**-0.5, dtype=dtype, device=device)
-    return w13, w2
+    return w1, w2

@@ -10,7 +10,7 @@ from .data import SEED
 from .layer import MoELayer
 
 
-def rearrange_experts(layer: MoELayer) -> None:
+def rearrange_expert_weights_inplace(layer: MoELayer) -> None:
     """
     Give every expert a new place, the same on all ranks, and move its weights there.
 
@@ -20,11 +20,11 @@ def rearrange_experts(layer: MoELayer) -> None:
     generator = torch.Generator().manual_seed(SEED)
     # physical slot -> the logical expert that will be there
     new = torch.randperm(layer.config.num_experts, generator=generator)
-    old = layer.logical_to_physical.argsort().cpu()
-    for weights in (layer.w13, layer.w2):
+    old = layer.logical_to_physical_map.argsort().cpu()
+    for weights in (layer.w1, layer.w2):
         for name, tensor in weights.tensors.items():
             setattr(weights, name, move_rows(tensor, old, new, layer.groups.ep))
-    layer.logical_to_physical = new.argsort().to(layer.logical_to_physical.device)
+    layer.logical_to_physical_map = new.argsort().to(layer.logical_to_physical_map.device)
 
 
 def move_rows(tensor: Tensor, old: Tensor, new: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backends import All2AllManager, Handle
-from .config import Config
-from .data import Problem
-from .quantization import SCHEMES, ExpertWeights
+from .config import MoETestConfig
+from .data import MoETestData
+from .quantization import SCHEMES, QuantizedWeights
 
 
 @attrs.frozen
@@ -45,47 +45,47 @@ class MoELayer:
             The buffers of the all-to-all backend. The manager caches them weakly: while
             this layer lives they live, and nothing else keeps them.
 
-        logical_to_physical: where EPLB has put each expert; the identity at first.
-        physical_to_local: index among this rank's experts, -1 for those of other ranks.
+        logical_to_physical_map: where EPLB has put each expert; the identity at first.
+        expert_map: index among this rank's experts, -1 for those of other ranks.
     """
 
-    config: Config
+    config: MoETestConfig
     groups: Groups
     manager: All2AllManager[Any] | None
     handle: Handle | None
-    w13: ExpertWeights
-    w2: ExpertWeights
-    shared_w13: Tensor
+    w1: QuantizedWeights
+    w2: QuantizedWeights
+    shared_w1: Tensor
     shared_w2: Tensor
-    router: Tensor
-    transform_in: Tensor
-    transform_out: Tensor
-    logical_to_physical: Tensor
-    physical_to_local: Tensor
+    gate: Tensor
+    routed_input_transform: Tensor
+    routed_output_transform: Tensor
+    logical_to_physical_map: Tensor
+    expert_map: Tensor
 
     def forward(self, hidden: Tensor, router_logits: Tensor) -> Tensor:
         """Answer this data parallel rank's tokens; all its tensor parallel ranks call it."""
         config, groups = self.config, self.groups
         num_tokens = len(hidden)
-        if config.layout.sequence_parallel:
-            hidden = hidden.tensor_split(config.layout.tp)[groups.tp_rank]
-            router_logits = router_logits.tensor_split(config.layout.tp)[groups.tp_rank]
+        if config.is_sequence_parallel:
+            hidden = hidden.tensor_split(config.tp_size)[groups.tp_rank]
+            router_logits = router_logits.tensor_split(config.tp_size)[groups.tp_rank]
 
-        if config.gate:
+        if config.use_gate:
             # In float32: where two experts are close, rounding would choose between them.
-            router_logits = functional.linear(hidden.float(), self.router.float())
+            router_logits = functional.linear(hidden.float(), self.gate.float())
         weights, experts = self.route(router_logits)
-        tokens = functional.linear(hidden, self.transform_in) if config.latent else hidden
+        tokens = functional.linear(hidden, self.routed_input_transform) if config.use_routed_input_transform else hidden
         output = self.routed_experts(tokens, weights, experts)
-        if config.latent:
-            output = functional.linear(output, self.transform_out)
-        if config.shared_experts:
-            gate, up = functional.linear(hidden, self.shared_w13).chunk(2, dim=1)
+        if config.use_routed_input_transform:
+            output = functional.linear(output, self.routed_output_transform)
+        if config.use_shared_experts:
+            gate, up = functional.linear(hidden, self.shared_w1).chunk(2, dim=1)
             output = output + functional.linear(functional.silu(gate) * up, self.shared_w2)
 
-        if config.layout.sequence_parallel:
-            return all_gather_tokens(output, num_tokens, config.layout.tp, groups.tp)
-        if config.layout.tp > 1:
+        if config.is_sequence_parallel:
+            return all_gather_tokens(output, num_tokens, config.tp_size, groups.tp)
+        if config.tp_size > 1:
             # Each rank holds a part of the intermediate size, hence of every sum.
             dist.all_reduce(output, group=groups.tp)
         return output
@@ -107,37 +107,41 @@ class MoELayer:
 
     def to_physical(self, experts: Tensor) -> Tensor:
         """Look up where EPLB has put *experts*."""
-        return self.logical_to_physical[experts]
+        return self.logical_to_physical_map[experts]
 
     def local_experts(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Sum the weighted answers of this rank's experts; -1 stands for no expert."""
-        local = torch.where(experts >= 0, self.physical_to_local[experts], -1)
+        local = torch.where(experts >= 0, self.expert_map[experts], -1)
         output = torch.zeros_like(tokens, dtype=torch.float32)
         for expert in sorted(set(local[local >= 0].tolist())):
             rows, slots = torch.nonzero(local == expert, as_tuple=True)
-            gate, up = self.w13.linear(tokens[rows], expert).chunk(2, dim=1)
+            gate, up = self.w1.linear(tokens[rows], expert).chunk(2, dim=1)
             answer = self.w2.linear(functional.silu(gate) * up, expert)
             output.index_add_(0, rows, answer.float() * weights[rows, slots, None])
         return output.to(tokens.dtype)
 
 
-def build_layer(config: Config, problem: Problem, groups: Groups, manager: All2AllManager[Any] | None) -> MoELayer:
+def make_fused_moe_layer(
+    config: MoETestConfig, data: MoETestData, groups: Groups, manager: All2AllManager[Any] | None
+) -> MoELayer:
     """
     Cut this rank's share out of the full weights, quantize it, and get buffers.
 
     Collective:
         With a manager: getting a handle builds buffers on all ranks of the group.
     """
-    w13, w2 = split_experts(config, groups, problem.w13, problem.w2)
-    shared_w13, shared_w2 = problem.shared_w13, problem.shared_w2
-    if not config.layout.expert_parallel:
-        shared_w13, shared_w2 = split_intermediate(config, groups, shared_w13, shared_w2)
+    w1, w2, shared_w1, shared_w2 = data.w1, data.w2, data.shared_w1, data.shared_w2
+    if config.ep_size > 1:
+        w1, w2 = chunk_by_rank(w1, groups.rank, config.ep_size), chunk_by_rank(w2, groups.rank, config.ep_size)
+    else:
+        tp = groups.tp_rank, config.tp_size
+        w1, w2 = tp_chunk_gate_up(w1, *tp, dim=1), chunk_by_rank(w2, *tp, dim=2)
+        shared_w1, shared_w2 = tp_chunk_gate_up(shared_w1, *tp, dim=0), chunk_by_rank(shared_w2, *tp, dim=1)
 
     quantize = SCHEMES[config.quantization].quantize
     expert_ids = torch.arange(config.num_experts, device=groups.device)
-    per_rank = config.num_experts // config.layout.ep
-    first = groups.rank * per_rank if config.layout.expert_parallel else 0
-    is_local = (expert_ids >= first) & (expert_ids < first + per_rank)
+    first = groups.rank * len(w1) if config.ep_size > 1 else 0
+    is_local = (expert_ids >= first) & (expert_ids < first + len(w1))
     return MoELayer(
         config,
         groups,
@@ -145,35 +149,30 @@ def build_layer(config: Config, problem: Problem, groups: Groups, manager: All2A
         handle=manager
         and manager.get_handle(
             max_tokens=config.m,
-            hidden=config.expert_hidden,
+            hidden=config.routed_expert_hidden_size,
             top_k=config.top_k,
             num_experts=config.num_experts,
         ),
-        w13=quantize(w13),
+        w1=quantize(w1),
         w2=quantize(w2),
-        shared_w13=shared_w13,
+        shared_w1=shared_w1,
         shared_w2=shared_w2,
-        router=problem.router,
-        transform_in=problem.transform_in,
-        transform_out=problem.transform_out,
-        logical_to_physical=expert_ids,
-        physical_to_local=torch.where(is_local, expert_ids - first, -1),
+        gate=data.gate,
+        routed_input_transform=data.routed_input_transform,
+        routed_output_transform=data.routed_output_transform,
+        logical_to_physical_map=expert_ids,
+        expert_map=torch.where(is_local, expert_ids - first, -1),
     )
 
 
-def split_experts(config: Config, groups: Groups, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """Take whole experts with expert parallelism, a part of each expert without."""
-    if not config.layout.expert_parallel:
-        return split_intermediate(config, groups, w13, w2)
-    return w13.chunk(config.layout.ep)[groups.rank], w2.chunk(config.layout.ep)[groups.rank]
+def chunk_by_rank(t: Tensor, rank: int, world_size: int, dim: int = 0) -> Tensor:
+    """Cut out a rank's share."""
+    return t.chunk(world_size, dim=dim)[rank].contiguous()
 
 
-def split_intermediate(config: Config, groups: Groups, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def tp_chunk_gate_up(w: Tensor, tp_rank: int, tp_size: int, dim: int) -> Tensor:
     """Cut gate and up halves separately, so that this rank has both for the same channels."""
-    tp, rank = config.layout.tp, groups.tp_rank
-    gate, up = w13.chunk(2, dim=-2)
-    own = [half.chunk(tp, dim=-2)[rank] for half in (gate, up)]
-    return torch.cat(own, dim=-2), w2.chunk(tp, dim=-1)[rank].contiguous()
+    return torch.cat([chunk_by_rank(half, tp_rank, tp_size, dim) for half in w.chunk(2, dim=dim)], dim=dim)
 
 
 def all_gather_tokens(x: Tensor, num_tokens: int, world_size: int, group: dist.ProcessGroup | None) -> Tensor:

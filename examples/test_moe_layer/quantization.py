@@ -26,7 +26,7 @@ TINY = 1e-12
 
 
 @attrs.define(eq=False)
-class ExpertWeights:
+class QuantizedWeights:
     """
     The weights of some experts, unquantized; the other classes refine it.
 
@@ -58,7 +58,7 @@ class ExpertWeights:
 
 
 @attrs.define(eq=False)
-class Fp8(ExpertWeights):
+class Fp8(QuantizedWeights):
     """One scale per expert; tokens are scaled by their largest value."""
 
     scale: Tensor
@@ -99,7 +99,7 @@ class ModelOptFp8(Fp8):
 
 
 @attrs.define(eq=False)
-class Fp8Blocked(ExpertWeights):
+class Fp8Blocked(QuantizedWeights):
     """One scale per 128 x 128 weights, and one per 128 values of each token."""
 
     scale: Tensor
@@ -124,7 +124,7 @@ class Fp8Blocked(ExpertWeights):
 
 
 @attrs.define(eq=False)
-class NvFp4(ExpertWeights):
+class NvFp4(QuantizedWeights):
     """
     Two e2m1 numbers a byte, an e4m3 scale per 16 of them, a float32 scale per expert.
 
@@ -177,8 +177,8 @@ def has_fp8_units(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-SCHEMES: dict[str, type[ExpertWeights]] = {
-    "none": ExpertWeights,
+SCHEMES: dict[str | None, type[QuantizedWeights]] = {
+    None: QuantizedWeights,
     "fp8": Fp8,
     "fp8_blocked": Fp8Blocked,
     "modelopt_fp8": ModelOptFp8,

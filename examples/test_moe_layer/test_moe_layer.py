@@ -2,239 +2,256 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
 import attrs
 import pytest
 import torch
+import torch.distributed as dist
 
+from collective_scope import SubtestResult, Subtests, current_scope
+from examples.pool import Pool
+
+from .__main__ import main
 from .backends import make_manager, why_unavailable
 from .config import (
     BACKENDS,
-    LAYOUTS,
-    QUANTIZATIONS,
-    SINGLE,
-    Config,
-    Layout,
+    PARALLEL_COMBOS,
+    QUANT_METHODS,
+    MoETestConfig,
     all_combinations,
-    config_from_id,
+    generate_valid_test_configs,
+    is_valid_config,
     why_invalid,
 )
-from .data import make_problem
-from .eplb import rearrange_experts
-from .launch import launch
-from .layer import build_layer
+from .data import setup_moe_test_data
+from .eplb import rearrange_expert_weights_inplace
+from .launch import make_pool, parallel_launch_with_config
+from .layer import make_fused_moe_layer
 from .mutations import MUTATIONS
 from .quantization import SCHEMES
-from .selection import LARGEST, full_set, quick_set, valid_configs
-from .suite import (
-    LayoutReport,
+from .selection import (
+    LARGEST,
     default_device_type,
     explain_invalid,
-    raise_if_failed,
-    run_suite,
+    full_set,
+    quick_set,
     select,
     select_ids,
-    summary,
     why_too_large,
 )
-from .worker import Options, make_groups
+from .worker import Break, Options, _parallel_worker
 
 
-PARALLEL = [layout for layout in LAYOUTS.values() if layout != SINGLE]
+LAYOUTS = list(PARALLEL_COMBOS)
+PARALLEL = [layout for layout in LAYOUTS if layout != "single"]
 CPU_BACKENDS = ("allgather_reducescatter", "all_to_all", "shared_memory")
-Run = Callable[..., list[LayoutReport]]
+
+EPLB_ID = "[32-512-512-8-2-bfloat16-fp8-False-False-False-True-allgather_reducescatter-2-2-1]"
+ALL_TO_ALL_ID = "[1-128-256-8-2-bfloat16-None-True-False-False-False-all_to_all-2-2-1]"
 
 
-@pytest.fixture(name="device_type")
-def _device_type() -> str:
-    return default_device_type()
+@pytest.fixture(scope="session", name="pool")
+def _pool() -> Iterator[Pool]:
+    """Return the ranks on which all tests run."""
+    with make_pool(default_device_type(), {"MOE_TEST": "in the ranks"}) as pool:
+        yield pool
 
 
-@pytest.fixture(name="run")
-def _run(pytestconfig: pytest.Config, device_type: str) -> Run:
-    def run(configs: Sequence[Config], **options: Any) -> list[LayoutReport]:
-        verbosity = max(0, pytestconfig.get_verbosity())
-        reports = run_suite(configs, Options(device_type=device_type, verbosity=verbosity, **options))
-        print(summary(reports))
-        return reports
-
-    return run
+def run(pool: Pool, configs: Sequence[MoETestConfig], **options: Any) -> list[SubtestResult]:
+    """Run *configs*; return what became of each."""
+    report = Subtests()
+    parallel_launch_with_config(pool, configs, Options(**options), report)
+    return report.results
 
 
-def chosen(pytestconfig: pytest.Config, layout: Layout, device_type: str) -> list[Config]:
-    """Apply ``--subtests`` and ``--full``; skip if nothing is left of *layout*."""
-    if ids := pytestconfig.getoption("subtests"):
-        configs, skipped = select_ids(ids.split(","), device_type)
-        configs = [config for config in configs if config.layout == layout]
-        why = "; ".join([f"no id given is of layout {layout.name}", *skipped])
-    else:
-        full = pytestconfig.getoption("full")
-        configs = select([layout], list(BACKENDS), device_type, full=full)
-        why = why_too_large(layout, device_type) or f"no backend of {layout.name} runs here"
-    if not configs:
-        pytest.skip(why)
-    return configs
-
-
-@pytest.mark.parametrize("layout", PARALLEL, ids=lambda layout: layout.name)
-def test_moe_layer(layout: Layout, run: Run, pytestconfig: pytest.Config, device_type: str) -> None:
+def test_moe_layer(config: MoETestConfig, pool: Pool) -> None:
     """Split over ranks, the layer answers as the dense reference does."""
-    raise_if_failed(run(chosen(pytestconfig, layout, device_type)))
+    pool.check(config.id(), _parallel_worker, config, Options(), ranks=config.world_size)
 
 
-def test_moe_layer_no_parallel(run: Run, pytestconfig: pytest.Config, device_type: str) -> None:
+def test_moe_layer_no_parallel(config: MoETestConfig, pool: Pool) -> None:
     """On one rank, the layer answers as the dense reference does."""
-    raise_if_failed(run(chosen(pytestconfig, SINGLE, device_type)))
+    pool.check(config.id(), _parallel_worker, config, Options(), ranks=1)
 
 
-def test_subtests_each_given_id_runs_or_is_skipped_with_a_reason(pytestconfig: pytest.Config, device_type: str) -> None:
-    """Of the ids given to ``--subtests``, none is left out in silence."""
-    ids = pytestconfig.getoption("subtests")
-    _, skipped = select_ids(ids.split(",") if ids else [], device_type)
-    if skipped:
-        pytest.skip("; ".join(skipped))
+# Controls and failures
+
+
+def small_configs() -> list[MoETestConfig]:
+    """Choose for each route of a token, and for each quantization, one configuration that is quick."""
+    configs, _ = select(PARALLEL, BACKENDS, default_device_type())
+    chosen: dict[object, MoETestConfig] = {}
+    for config in sorted(configs, key=lambda c: (c.shape == LARGEST, c.num_experts)):
+        chosen.setdefault((config.layout, config.backend), config)
+        chosen.setdefault(config.quantization, config)
+    return sorted(set(chosen.values()), key=lambda c: c.world_size)
 
 
 @pytest.mark.parametrize("control", MUTATIONS)
-def test_moe_layer_one_broken_rank_fails_every_configuration(control: str, run: Run, device_type: str) -> None:
-    """With one rank broken, every configuration fails, on every rank, by its numbers."""
-    configs = select(PARALLEL, list(BACKENDS), device_type, full=False)
-    if control != "wrong_weight":  # one of them on everything, the others on what is quick
-        configs = [c for c in configs if c.shape != LARGEST and c.layout.name not in ("ep4", "tp4")]
+def test_moe_layer_one_broken_rank_fails_every_configuration(control: str, pool: Pool) -> None:
+    """With the numbers of one rank broken, each configuration fails, by its numbers alone."""
+    configs = small_configs()
     if not configs:
         pytest.skip("no layout fits on the devices of this machine")
 
-    reports = run(configs, mutation=control)
-
-    for results in (results for report in reports for results in report.outcomes):
-        errors = {result.error for result in results}
-        assert "AssertionError" in errors, results[0].id
-        assert errors <= {"AssertionError", "PeerFailedError"}, results[0].id
+    for result in run(pool, configs, mutation=control):
+        assert result.status == "failed", result.id
+        assert {outcome.type_name for outcome in result.failures.values()} == {"AssertionError"}, result.id
 
 
-def test_worker_one_rank_fails_in_the_middle_only_that_configuration_fails(run: Run, device_type: str) -> None:
-    """One rank's failure is its own error there, PeerFailedError elsewhere, and soon over."""
-    configs = select([LAYOUTS["ep2"]], list(BACKENDS), device_type, full=False)
-    configs = [c for c in configs if c.shape != LARGEST]
-    middle = len(configs) // 2
-
-    [report] = run(configs, fail_id=configs[middle].id, fail_rank=1)
-
-    peer, failing = report.outcomes.pop(middle)
-    assert failing.error == "AssertionError"
-    assert failing.message == "rank 1 fails on purpose"
-    assert peer.error == "PeerFailedError"
-    assert "rank 1 fails on purpose" in peer.message
-    assert [results[0].id for results in report.failed] == [configs[middle].id]
-
-
-def test_worker_one_rank_fails_before_its_collectives_later_configurations_run() -> None:
-    """Peers that wait for it in a collective give up in time, and the next configuration has sound groups."""
-    configs = [c for c in select([LAYOUTS["ep2"]], CPU_BACKENDS, "cpu", full=True) if c.shape != LARGEST][:8]
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_moe_layer_broken_on_one_rank_fails_that_configuration_alone(when: str, pool: Pool) -> None:
+    """One rank fails before its collectives, or after: its configuration fails with that cause, the others pass."""
+    configs = [config for config in small_configs() if config.ep_size == 2]
     # Its peers are left alone while they build a buffer, the most that a failure can leave behind.
-    failing_id = next(config.id for config in configs if config.backend == "shared_memory")
-    options = Options(fail_id=failing_id, fail_rank=1, fail_early=True, group_timeout=10.0)
+    index = len(configs) // 2
+    broken = Break.from_text(f"{configs[index].id()}:1:{when}")
+    starts = pool.starts
 
-    [report] = run_suite(configs, options)
+    results = run(pool, configs, breaks=(broken,))
 
-    [(peer, failing)] = report.failed
-    assert peer.id == failing.id == failing_id != configs[-1].id
-    assert (failing.error, failing.message) == ("AssertionError", "rank 1 fails on purpose")
-    assert peer.error in ("RuntimeError", "DistBackendError")
-
-
-EPLB_ID = "[m32-n512-k512-e8-top2-bfloat16-fp8-noshared-nogate-nolatent-eplb-ep2-allgather_reducescatter]"
+    assert [result.status for result in results] == ["failed" if i == index else "passed" for i in range(len(configs))]
+    first = min(results[index].failures.values(), key=lambda outcome: outcome.order)
+    assert first.message == f"rank 1 fails {when} its collectives, as asked for"
+    assert pool.starts == starts
 
 
-def _rearrange(rank: int, device_type: str) -> dict[str, Any]:
-    """Rearrange experts; compare this rank's with those that should be here now."""
-    config = config_from_id(EPLB_ID)
-    groups = make_groups(rank, config.layout, device_type)
-    assert groups.ep is not None
-    problem = make_problem(config, groups.dp_rank, groups.device)
-    layer = build_layer(config, problem, groups, make_manager(config.backend, groups.ep, groups.device))
-    per_rank = config.num_experts // config.layout.ep
+def _rearrange() -> None:
+    """Rearrange experts; compare those of this rank with those that should be here now, and its map with its peers'."""
+    config = MoETestConfig.from_id(EPLB_ID)
+    groups = current_scope().group.groups_of(config)
+    data = setup_moe_test_data(config, groups.dp_rank, groups.device)
+    manager = make_manager(config.backend or "", groups.ep, groups.device)
+    layer = make_fused_moe_layer(config, data, groups, manager)
+    per_rank = config.num_experts // config.ep_size
 
-    rearrange_experts(layer)
+    rearrange_expert_weights_inplace(layer)
 
-    tenants = layer.logical_to_physical.argsort()[rank * per_rank :][:per_rank]
-    pairs = []
-    for weights, full in ((layer.w13, problem.w13), (layer.w2, problem.w2)):
-        wanted = SCHEMES[config.quantization].quantize(full).tensors
-        pairs += [(weights.tensors[name].float(), wanted[name].float()[tenants]) for name in wanted]
-    return {
-        "map": layer.logical_to_physical.tolist(),
-        "right": [torch.equal(*pair) for pair in pairs],
-        "from_peers": int((tenants // per_rank != rank).sum()),
-    }
+    maps: list[Any] = [None] * config.world_size
+    dist.all_gather_object(maps, layer.logical_to_physical_map.tolist(), group=groups.ep)
+    assert all(each == maps[0] and sorted(each) == list(range(8)) for each in maps)
+    tenants = layer.logical_to_physical_map.argsort()[groups.rank * per_rank :][:per_rank]
+    assert bool((tenants // per_rank != groups.rank).any()), "no expert has come from a peer"
+    for weights, full in ((layer.w1, data.w1), (layer.w2, data.w2)):
+        for name, wanted in SCHEMES[config.quantization].quantize(full).tensors.items():
+            assert torch.equal(weights.tensors[name].float(), wanted.float()[tenants])
 
 
-def test_eplb_moves_weights_between_ranks(device_type: str) -> None:
+def test_eplb_moves_weights_between_ranks(pool: Pool) -> None:
     """Each rank gets experts of its peer, values and scales, and both have the same map."""
-    first, second = launch(_rearrange, 2, (device_type,), deadline_s=120)
+    pool.check("eplb", _rearrange, ranks=2)
 
-    assert first["map"] == second["map"]
-    assert sorted(first["map"]) == list(range(8))
-    assert first["from_peers"] == second["from_peers"] > 0
-    assert first["right"] == second["right"] == [True] * 4
+
+def _read_environment(name: str, value: str) -> None:
+    assert os.environ[name] == value
+
+
+def test_env_dict_is_in_the_environment_of_every_rank(pool: Pool) -> None:
+    """Variables that the launcher was given reach the ranks."""
+    pool.check("environment", _read_environment, "MOE_TEST", "in the ranks")
+
+
+# Ids
 
 
 def test_config_id_converts_back() -> None:
     """Every id is unique and stands for its configuration."""
-    configs = valid_configs(list(LAYOUTS.values()), list(BACKENDS))
+    configs = generate_valid_test_configs(LAYOUTS, BACKENDS)
 
-    assert [config_from_id(config.id) for config in configs] == configs
-    assert len({config.id for config in configs}) == len(configs)
+    assert [MoETestConfig.from_id(config.id()) for config in configs] == configs
+    assert len({config.id() for config in configs}) == len(configs)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "here"),
     [
-        pytest.param("[]", id="empty"),
+        pytest.param("[1-128-256-8-2-bfloat16-None-False-False-False-False-None-1-1-1]", "", id="no-parallel"),
         pytest.param(
-            "[m1-n128-k256-e8-top2-bfloat16-none-share-nogate-nolatent-noeplb-ep2-all_to_all]",
-            id="misspelt-switch",
+            "[32-512-512-64-6-bfloat16-fp8-True-True-False-True-allgather_reducescatter-4-2-2]", "", id="all-fields"
         ),
         pytest.param(
-            "[m1-n128-k256-e8-top2-bfloat16-none-shared-nogate-nolatent-noeplb-ep3-all_to_all]",
-            id="no-such-layout",
+            "[222-1024-2048-8-2-bfloat16-fp8_blocked-True-False-False-False-deepep_high_throughput-2-2-1]",
+            "deep_ep",
+            id="deepep-high-throughput",
         ),
         pytest.param(
-            "[mx-n128-k256-e8-top2-bfloat16-none-shared-nogate-nolatent-noeplb-ep2-all_to_all]",
-            id="not-a-number",
+            "[222-1024-2048-8-2-bfloat16-None-True-False-False-False-deepep_low_latency-2-2-1]",
+            "deep_ep_low_latency",
+            id="deepep-low-latency",
         ),
     ],
 )
-def test_subtests_unknown_id_is_skipped_with_a_reason(text: str) -> None:
-    """What is not an id is refused in words, not run as something else."""
-    configs, [reason] = select_ids([text], "cpu")
+def test_config_id_of_vllm_is_understood(text: str, here: str) -> None:
+    """An id as vLLM prints it stands for the same configuration, and is this port's own but for DeepEP's names."""
+    config = MoETestConfig.from_id(text)
+
+    assert is_valid_config(config) == (True, None)
+    if here:
+        assert config.backend == here
+    else:
+        assert config.id() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        pytest.param("[]", "has 1 words, an id has 15, or 16 with uneven_tokens", id="empty"),
+        pytest.param(
+            "[1-128-256-8-2-bfloat16-None-Yes-False-False-False-all_to_all-2-2-1]",
+            "'Yes' is no use_shared_experts (bool)",
+            id="no-bool",
+        ),
+        pytest.param(
+            "[1-x-256-8-2-bfloat16-None-True-False-False-False-all_to_all-2-2-1]", "'x' is no n (int)", id="no-number"
+        ),
+        pytest.param(
+            "[1-128-256-8-2-float99-None-True-False-False-False-all_to_all-2-2-1]",
+            "'float99' is no in_dtype (torch.dtype)",
+            id="no-dtype",
+        ),
+        pytest.param(
+            "[1-128-256-8-2-bfloat16-None-True-False-False-False-all_to_all-3-3-1]",
+            "the matrix has no such layout",
+            id="no-layout",
+        ),
+        pytest.param(
+            "[1-128-256-8-2-bfloat16-None-True-False-False-False-mori_low_latency-2-2-1]",
+            "there is no such backend",
+            id="no-backend",
+        ),
+        pytest.param(
+            "[1-128-256-8-2-bfloat16-fp8-True-False-True-True-allgather_reducescatter-2-2-1]",
+            "a routed input transform does not combine with EPLB",
+            id="invalid-combination",
+        ),
+        pytest.param(
+            "[222-1024-2048-8-2-bfloat16-None-True-False-False-False-deepep_low_latency-2-2-1]",
+            "deep_ep_low_latency needs ",
+            id="not-on-this-machine",
+        ),
+    ],
+)
+def test_subtests_id_that_cannot_run_is_skipped_with_a_reason(text: str, reason: str) -> None:
+    """What stands for nothing that can run here is refused in words, not run as something else."""
+    configs, [why] = select_ids([text], "cpu")
 
     assert configs == []
-    assert text in reason
-
-
-def test_subtests_invalid_combination_is_skipped_with_its_reason() -> None:
-    """An id may be well formed and still stand for nothing that can run."""
-    config = next(c for c in all_combinations(tuple(PARALLEL), ("all_to_all",)) if c.eplb)
-
-    configs, [skipped] = select_ids([config.id], "cpu")
-
-    assert configs == []
-    assert all(reason in skipped for reason in why_invalid(config))
+    assert reason in why
 
 
 def test_subtests_on_the_command_line_run_what_is_known_and_skip_the_rest(pytestconfig: pytest.Config) -> None:
     """``--subtests`` runs the ids it can, and a report in short form says why it skips the others."""
-    tests = "test_moe_layer[ep2]", "test_moe_layer[tp2]", "test_subtests_each_given_id_runs_or_is_skipped_with_a_reason"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-s", "-rs", "--color=no"]
+    tests = [f"{__file__}::{test}" for test in ("test_moe_layer", "test_moe_layer_no_parallel")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rs", "--color=no"]
 
     done = subprocess.run(  # noqa: S603
-        [*command, f"--subtests={EPLB_ID},[nonsense]", *(f"{__file__}::{test}" for test in tests)],
+        [*command, f"--subtests={EPLB_ID},[nonsense]", *tests],
         cwd=pytestconfig.rootpath,
         capture_output=True,
         text=True,
@@ -243,50 +260,134 @@ def test_subtests_on_the_command_line_run_what_is_known_and_skip_the_rest(pytest
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"1/1 {EPLB_ID} PASSED" in done.stdout
-    assert "no id given is of layout tp2" in done.stdout
-    assert "'[nonsense]' has 1 words, an id has 13" in done.stdout
+    assert f"test_moe_layer[{EPLB_ID[1:-1]}] PASSED" in done.stdout
+    assert "'[nonsense]' has 1 words, an id has 15" in done.stdout
     assert "1 passed, 2 skipped" in done.stdout
 
 
-def test_layout_larger_than_the_machine_is_skipped_with_a_message() -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        pytest.param("[1-2]:0:before", "has 2 words", id="no-id"),
+        pytest.param(f"{EPLB_ID}:0", r"must be \[CONFIG\]:RANK:before or", id="no-time"),
+        pytest.param(f"{EPLB_ID}:one:after", r"must be \[CONFIG\]:RANK:before or", id="no-rank"),
+        pytest.param(f"{EPLB_ID}:2:after", r"has ranks 0 to 1 \(got 2\)", id="no-such-rank"),
+    ],
+)
+def test_break_that_makes_no_sense_is_refused(text: str, reason: str) -> None:
+    """What cannot be injected is an error that states the rule, before anything is started."""
+    with pytest.raises(ValueError, match=reason):
+        Break.from_text(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        pytest.param(
+            [f"--break={EPLB_ID}:1:before"],
+            0,
+            "as asked for by --break: 1 of 2 failed, and no other",
+            id="break",
+        ),
+        pytest.param(
+            ["--control=wrong_weight"], 0, "as asked for by --control: 2 of 2 failed, and no other", id="control"
+        ),
+        pytest.param([], 0, "2 passed in ", id="nothing-broken"),
+        pytest.param(
+            [f"--break={ALL_TO_ALL_ID.replace('None', 'fp8')}:1:before"],
+            2,
+            " is not among the 2 configurations to run",
+            id="break-of-what-does-not-run",
+        ),
+    ],
+)
+def test_command_line_exits_with_zero_if_only_that_failed_which_was_broken(
+    arguments: list[str],
+    code: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A failure that was asked for is none of the suite's; its cause is in the report all the same."""
+    monkeypatch.setattr(
+        sys, "argv", ["test_moe_layer", f"--subtests={EPLB_ID},{ALL_TO_ALL_ID}", "--device=cpu", *arguments]
+    )
+
+    assert main() == code
+
+    out, err = capsys.readouterr()
+    assert says in (out + err).splitlines()[-1]
+    assert ("BrokenOnPurposeError: rank 1 fails before its collectives, as asked for" in out) == (
+        "--break: 1 of 2" in out
+    )
+
+
+# The matrix
+
+
+def test_layout_larger_than_the_machine_is_skipped_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """A world of more ranks than there are GPUs is left out, in words, and its ids are too."""
     gpus = torch.cuda.device_count()
-    world = attrs.evolve(LAYOUTS["ep2"], name="too_large", dp=gpus + 1)
+    monkeypatch.setitem(PARALLEL_COMBOS, "too_large", (gpus + 1, 1, True))
 
-    assert why_too_large(world, "cuda") == f"too_large needs {gpus + 1} GPUs, here are {gpus}"
-    assert why_too_large(world, "cpu") is None
-    assert select([world], list(BACKENDS), "cuda", full=True) == []
+    assert why_too_large("too_large", "cuda") == f"too_large needs {gpus + 1} GPUs, here are {gpus}"
+    assert why_too_large("too_large", "cpu") is None
+    assert select(["too_large"], BACKENDS, "cuda")[0] == []
+
+
+def test_capability_leaves_out_what_a_device_would_have_to_emulate() -> None:
+    """As in vLLM, fp4 needs Blackwell; without a capability nothing is left out, since all can be emulated."""
+    config = MoETestConfig(1, 128, 256, 8, 2, torch.bfloat16, "modelopt_fp4", False, False, False)  # noqa: FBT003
+    fp8 = attrs.evolve(config, quantization="fp8")
+
+    assert is_valid_config(config) == is_valid_config(config, (10, 0)) == (True, None)
+    assert is_valid_config(config, (9, 0)) == (False, "modelopt_fp4 needs compute capability 10.0 (got 9.0)")
+    assert is_valid_config(fp8, (8, 9)) == (True, None)
+    assert is_valid_config(fp8, (8, 6)) == (False, "fp8 needs compute capability 8.9 (got 8.6)")
+    configs = generate_valid_test_configs(LAYOUTS, BACKENDS, (9, 0))
+    assert {config.quantization for config in configs} == {*QUANT_METHODS} - {"modelopt_fp4"}
+
+
+def test_uneven_tokens_differ_between_data_parallel_ranks_down_to_none() -> None:
+    """The first rank has all tokens of the shape, the others fewer; the quick set has a rank without any."""
+    four = MoETestConfig.from_id("[32-512-512-8-2-bfloat16-None-True-False-False-False-all_to_all-4-4-1-True]")
+    quick, _ = select(PARALLEL, CPU_BACKENDS, "cpu")
+    uneven = [config for config in quick if config.uneven_tokens]
+
+    assert four.num_tokens_across_dp == [32, 24, 16, 8]
+    assert attrs.evolve(four, uneven_tokens=False).num_tokens_across_dp == [32] * 4
+    assert {(config.layout, config.backend) for config in uneven} == {
+        (config.layout, config.backend) for config in quick if config.dp_size > 1
+    }
+    assert any(0 in config.num_tokens_across_dp for config in uneven)
 
 
 def test_invalid_combinations_all_have_a_reason_in_words() -> None:
     """What is neither valid nor explained does not exist."""
-    layouts = list(LAYOUTS.values())
-    everything = set(all_combinations(tuple(layouts), tuple(BACKENDS)))
     lines = [line for line in explain_invalid(3) if "combinations)" not in line]
+    invalid = [config for config in all_combinations(LAYOUTS, BACKENDS) if why_invalid(config)]
 
-    assert len(lines) == len(everything - set(valid_configs(layouts, list(BACKENDS))))
+    assert len(lines) == len(invalid)
     assert all(line.startswith("left out: [") and line.partition("]: ")[2] for line in lines)
 
 
 def test_quick_set_has_every_valid_pair_of_values() -> None:
     """Any two values that occur together in a valid configuration do so in the quick set."""
-    configs = valid_configs(list(LAYOUTS.values()), CPU_BACKENDS)
+    configs = generate_valid_test_configs(LAYOUTS, CPU_BACKENDS)
 
-    def value_pairs(selection: Sequence[Config]) -> set[object]:
+    def value_pairs(selection: Sequence[MoETestConfig]) -> set[object]:
         return {
             pair
             for c in selection
-            if c.shape != LARGEST or c.num_experts == min(x.num_experts for x in configs[:1])
+            if c.shape != LARGEST or c.num_experts == configs[0].num_experts
             for pair in combinations(
                 (
                     c.shape,
                     c.num_experts,
                     ("top", c.top_k),
                     c.quantization,
-                    c.layout,
-                    c.backend,
-                    *tuple(c.switches.items()),
+                    (c.layout, c.backend),
+                    *c.switches.items(),
                 ),
                 2,
             )
@@ -297,7 +398,7 @@ def test_quick_set_has_every_valid_pair_of_values() -> None:
 
 def test_full_set_on_gpus_is_everything() -> None:
     """Only a CPU is spared the largest shape."""
-    configs = valid_configs(PARALLEL, CPU_BACKENDS)
+    configs = generate_valid_test_configs(PARALLEL, CPU_BACKENDS)
 
     assert full_set(configs, "cuda") == configs
     assert [c for c in full_set(configs, "cpu") if c.shape != LARGEST] == [c for c in configs if c.shape != LARGEST]
@@ -306,14 +407,14 @@ def test_full_set_on_gpus_is_everything() -> None:
 @pytest.mark.parametrize(
     ("scheme", "bits", "largest_error"),
     [
-        pytest.param("none", 16.0, 0.0, id="none"),
+        pytest.param(None, 16.0, 0.0, id="none"),
         pytest.param("fp8", 8.0, 0.03, id="fp8"),
         pytest.param("fp8_blocked", 8.0, 0.03, id="fp8_blocked"),
         pytest.param("modelopt_fp8", 8.0, 0.03, id="modelopt_fp8"),
         pytest.param("modelopt_fp4", 4.5, 0.1, id="modelopt_fp4"),
     ],
 )
-def test_quantization_is_real_and_close(scheme: str, bits: float, largest_error: float) -> None:
+def test_quantization_is_real_and_close(scheme: str | None, bits: float, largest_error: float) -> None:
     """Weights take the bits they should, and lose no more than those bits allow."""
     weights = torch.randn(2, 128, 256, generator=torch.Generator().manual_seed(7)).bfloat16()
 
@@ -329,11 +430,12 @@ def test_quantization_is_real_and_close(scheme: str, bits: float, largest_error:
 
 def test_quantization_schemes_are_those_of_the_matrix() -> None:
     """No quantization is tested under another one's name."""
-    assert tuple(SCHEMES) == QUANTIZATIONS
-    assert len(set(SCHEMES.values())) == len(QUANTIZATIONS)
+    assert tuple(SCHEMES) == QUANT_METHODS
+    assert len(set(SCHEMES.values())) == len(QUANT_METHODS)
 
 
 def test_backend_that_cannot_run_says_why() -> None:
     """A backend that is left out is left out for a reason in words."""
     assert [why_unavailable(name, "cpu") for name in CPU_BACKENDS] == [None] * 3
     assert why_unavailable("symm_mem", "cpu") == "symm_mem needs GPUs"
+    assert (why_unavailable("deep_ep_low_latency", "cpu") or "").startswith("deep_ep_low_latency needs ")

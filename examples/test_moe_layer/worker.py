@@ -1,27 +1,63 @@
-"""The loop every rank runs: configuration after configuration, each of them one scope."""
+"""What every rank runs: its groups, and one configuration, which is the body of a subtest."""
 
 from __future__ import annotations
 
-import time
-import traceback
-from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any
+import os
+from typing import Any, Literal, Self
 
 import attrs
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from collective_scope import collective_scope, current_scope
+from collective_scope import current_scope
 
 from .backends import All2AllManager, make_manager
-from .config import Config, Layout, config_from_id
-from .data import make_problem
-from .eplb import rearrange_experts
-from .launch import GROUP_TIMEOUT_S
-from .layer import Groups, build_layer
+from .config import MoETestConfig
+from .data import setup_moe_test_data
+from .eplb import rearrange_expert_weights_inplace
+from .layer import Groups, MoELayer, make_fused_moe_layer
 from .mutations import MUTATIONS, Mutation
-from .reference import assert_matches, dense_output
+from .reference import assert_matches, baseline_output
+
+
+class BrokenOnPurposeError(Exception):
+    """Raised where ``--break`` says so."""
+
+
+@attrs.frozen
+class Break:
+    """
+    A failure that is asked for.
+
+    Attributes:
+        id: of the configuration.
+        rank: where it is raised.
+        when: before the first collective, so that peers wait in theirs, or after the last.
+    """
+
+    id: str
+    rank: int
+    when: Literal["before", "after"]
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """
+        Read ``CONFIG:RANK:before|after``.
+
+        Raises:
+            ValueError: If *text* is anything else, or the configuration has no such rank.
+        """
+        id_, _, rest = text.rpartition("]:")
+        rank, _, when = rest.partition(":")
+        if not id_ or not rank.isdecimal() or when not in ("before", "after"):
+            msg = f"--break must be [CONFIG]:RANK:before or [CONFIG]:RANK:after (got {text!r})"
+            raise ValueError(msg)
+        config = MoETestConfig.from_id(f"{id_}]")
+        if int(rank) >= config.world_size:
+            msg = f"--break: {config.id()} has ranks 0 to {config.world_size - 1} (got {rank})"
+            raise ValueError(msg)
+        return cls(config.id(), int(rank), "before" if when == "before" else "after")
 
 
 @attrs.frozen
@@ -30,151 +66,122 @@ class Options:
     What a run does beside its configurations; travels to every rank.
 
     Attributes:
-        mutation: name of the control that breaks one rank in every configuration.
-        fail_id: id of a configuration in which rank *fail_rank* fails on purpose.
-        fail_early: fail before its first collective, so that peers wait for it, not after the last.
-        group_timeout: seconds after which a collective whose peer is elsewhere gives up.
+        breaks: failures that are asked for.
+        mutation: name of the control that breaks one rank's numbers in every configuration.
     """
 
-    device_type: str = "cpu"
-    verbosity: int = 0
+    breaks: tuple[Break, ...] = ()
     mutation: str | None = None
-    fail_id: str | None = None
-    fail_rank: int = 0
-    fail_early: bool = False
-    group_timeout: float = GROUP_TIMEOUT_S
 
 
-@attrs.frozen
-class Result:
-    """One configuration on one rank; *error* is the exception's type name, or empty."""
-
-    id: str
-    error: str
-    message: str
-    traceback: str
-    seconds: float
-
-
-def run_configs(rank: int, layout: Layout, ids: Sequence[str], options: Options) -> list[dict[str, Any]]:
+@attrs.frozen(eq=False)
+class ProcessGroupInfo:
     """
-    Run every configuration, whatever happens in those before it.
+    The groups of this rank, in whatever layout of this many ranks.
+
+    Attributes:
+        pair: this rank and its neighbour, for tensor parallelism of two among four.
+        managers: all-to-all managers by backend; they go with the groups.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    pair: dist.ProcessGroup | None
+    managers: dict[str, All2AllManager[Any]] = attrs.field(factory=dict)
+
+    def groups_of(self, config: MoETestConfig) -> Groups:
+        """Return this rank's place in the layout of *config*."""
+        dp_rank, tp_rank = divmod(self.rank, config.tp_size)
+        world = dist.group.WORLD
+        tp = {1: None, self.world_size: world}.get(config.tp_size, self.pair)
+        return Groups(self.rank, dp_rank, tp_rank, tp, world if config.ep_size > 1 else None, self.device)
+
+    def all2all_manager(self, backend: str, group: dist.ProcessGroup) -> All2AllManager[Any]:
+        """Return the manager of *backend*; there is one, whatever the layer."""
+        if backend not in self.managers:
+            self.managers[backend] = make_manager(backend, group, self.device)
+        return self.managers[backend]
+
+
+def make_groups(store: dist.Store, device_type: str = "cpu") -> ProcessGroupInfo:
+    """Make all groups: what `RenewableGroup` calls at first, and after a failure. A collective."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    pair = dist.new_subgroups(2)[0] if world_size > 2 else None  # type: ignore[no-untyped-call]
+    return ProcessGroupInfo(rank, world_size, device, pair)
+
+
+def _parallel_worker(config: MoETestConfig, options: Options) -> None:
+    """
+    Run one configuration on this rank, in the scope of its subtest.
 
     Collective:
-        All ranks run the same configurations in the same order.
+        All ranks of the layout run the same configurations in the same order.
     """
-    groups = make_groups(rank, layout, options.device_type, options.group_timeout)
-    managers: dict[str, All2AllManager[Any]] = {}
-    results = []
-    for number, id_ in enumerate(ids, start=1):
-        config = config_from_id(id_)
-        started = time.monotonic()
-        error: Exception | None = None
-        try:
-            with collective_scope(
-                name=config.id,
-                timeout=2 * options.group_timeout,
-                # Longer than peers may be stuck in a collective this rank has left.
-                failure_timeout=1.5 * options.group_timeout,
-            ) as scope:
-                manager = None
-                if groups.ep is not None:
-                    manager = managers.get(config.backend) or make_manager(config.backend, groups.ep, groups.device)
-                    managers[config.backend] = manager
-                    scope.collective_cleanup(manager.destroy, fingerprint=manager.fingerprint)
-                    scope.after_barrier(manager.forget)
-                run_one_config(config, groups, manager, options)
-        except Exception as exc:  # noqa: BLE001 -- recorded; the next configuration runs
-            error = exc
-        if error is not None and groups.device.type == "cpu":
-            # All ranks come here: a scope raises on every one of them or on none. One may have
-            # left its peers in a collective, and where that timed out, gloo has hung up.
-            managers.clear()
-            groups = renew_groups(groups, layout, options.group_timeout)
-        result = make_result(config, error, time.monotonic() - started)
-        results.append(result)
-        if rank == 0:
-            show_progress(result, number, len(ids), options.verbosity)
-    return [attrs.asdict(result) for result in results]
+    scope = current_scope()
+    groups = scope.group.groups_of(config)
+    manager = None
+    if groups.ep is not None and config.backend is not None:
+        manager = scope.group.all2all_manager(config.backend, groups.ep)
+        scope.collective_cleanup(manager.destroy, fingerprint=manager.fingerprint)
+        scope.after_barrier(manager.forget)
+    break_here(config, groups.rank, options, "before")
+    _run_one_config(config, groups, manager, options)
+    break_here(config, groups.rank, options, "after")
 
 
-def run_one_config(config: Config, groups: Groups, manager: All2AllManager[Any] | None, options: Options) -> None:
+def break_here(config: MoETestConfig, rank: int, options: Options, when: Literal["before", "after"]) -> None:
+    """Raise if *options* say so for this configuration and rank, at this point."""
+    if Break(config.id(), rank, when) in options.breaks:
+        msg = f"rank {rank} fails {when} its collectives, as asked for"
+        raise BrokenOnPurposeError(msg)
+
+
+def _run_one_config(
+    config: MoETestConfig, groups: Groups, manager: All2AllManager[Any] | None, options: Options
+) -> None:
     """
     Build the layer, run it, compare it with the dense reference.
 
     Every comparison comes after the last collective: a rank whose numbers are wrong then
     fails alone, without leaving a peer waiting for it.
     """
-    fail_on_purpose(config, groups, options, early=True)
-    problem = make_problem(config, groups.dp_rank, groups.device)
+    data = setup_moe_test_data(config, groups.dp_rank, groups.device)
     mutation = mutation_here(config, groups, options)
-    layer = build_layer(config, mutation.on_problem(problem), groups, manager)
+    layer = make_fused_moe_layer(config, mutation.on_data(data), groups, manager)
     # Until all ranks are through, whatever keeps or drops this frame: see `All2AllManager`.
     current_scope().hold(layer)
     mutation.on_layer(layer)
+    test_body = _test_body_eplb if config.enable_eplb else _test_body_regular
 
-    output = layer.forward(problem.hidden, problem.router_logits)
-    rearranged = output
-    if config.eplb:
-        rearrange_experts(layer)
-        rearranged = layer.forward(problem.hidden, problem.router_logits)
+    output, rearranged = test_body(layer, data.hidden_states, data.router_logits)
 
-    assert_matches(output, dense_output(config, groups.dp_rank, groups.device), config)
+    assert_matches(output, baseline_output(config, groups.dp_rank, groups.device), config)
     assert_matches(rearranged, output, config)
-    fail_on_purpose(config, groups, options, early=False)
 
 
-def fail_on_purpose(config: Config, groups: Groups, options: Options, *, early: bool) -> None:
-    """Raise if *options* say so for this configuration and rank, at this point."""
-    if (config.id, groups.rank, early) == (options.fail_id, options.fail_rank, options.fail_early):
-        msg = f"rank {groups.rank} fails on purpose"
-        raise AssertionError(msg)
+def _test_body_regular(layer: MoELayer, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the answer of the layer."""
+    output = layer.forward(hidden_states, router_logits)
+    return output, output
 
 
-def make_groups(rank: int, layout: Layout, device_type: str, timeout_s: float = GROUP_TIMEOUT_S) -> Groups:
-    """Make the process groups of *layout*. A collective."""
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    dp_rank, tp_rank = divmod(rank, layout.tp)
-    # A new group does not inherit the timeout of the default group.
-    timeout = timedelta(seconds=timeout_s)
-    tp = None
-    if layout.tp > 1:
-        tp, _ = dist.new_subgroups(layout.tp, timeout=timeout)  # type: ignore[no-untyped-call]
-    ep = dist.new_group(timeout=timeout) if layout.expert_parallel else None
-    return Groups(rank, dp_rank, tp_rank, tp, ep, device)
+def _test_body_eplb(layer: MoELayer, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the answers before and after the experts have moved."""
+    output = layer.forward(hidden_states, router_logits)
+    rearrange_expert_weights_inplace(layer)
+    return output, layer.forward(hidden_states, router_logits)
 
 
-def renew_groups(groups: Groups, layout: Layout, timeout_s: float) -> Groups:
-    """Destroy the process groups and make them anew. A collective."""
-    for group in (groups.tp, groups.ep):
-        if group is not None:
-            dist.destroy_process_group(group)
-    return make_groups(groups.rank, layout, groups.device.type, timeout_s)
-
-
-def mutation_here(config: Config, groups: Groups, options: Options) -> Mutation:
+def mutation_here(config: MoETestConfig, groups: Groups, options: Options) -> Mutation:
     """Return what is to be broken on this rank; usually nothing."""
     if options.mutation is not None:
         mutation = MUTATIONS[options.mutation]
         if mutation.victim(config, groups.device) == groups.rank:
             return mutation
     return Mutation()
-
-
-def make_result(config: Config, error: Exception | None, seconds: float) -> Result:
-    if error is None:
-        return Result(config.id, "", "", "", seconds)
-    text = "".join(traceback.format_exception(error))
-    return Result(config.id, type(error).__name__, str(error), text, seconds)
-
-
-def show_progress(result: Result, number: int, total: int, verbosity: int) -> None:
-    """One character or one line a configuration. Rank 0 speaks; all fail together."""
-    if verbosity == 0:
-        end = f" {number}/{total}\n" if number % 60 == 0 or number == total else ""
-        print("F" if result.error else ".", end=end, flush=True)
-        return
-    outcome = f"FAILED ({result.error})" if result.error else "PASSED"
-    print(f"{number}/{total} {result.id} {outcome} {result.seconds:.2f} s", flush=True)
-    if result.error and verbosity > 1:
-        print(result.traceback, flush=True)

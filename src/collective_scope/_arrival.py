@@ -40,7 +40,7 @@ class Options:
     lockstep_gc: bool
     meet_at_entry: bool
     history: list[tuple[float, str]] | None = None
-    """Where to note each phase and when it began, on the monotonic clock; None if that is not wanted."""
+    """Where to note phases, failure and revocation, each with its time on the monotonic clock; None if nowhere."""
 
 
 @attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
@@ -118,6 +118,8 @@ class Arrival(Registry):
         """Note that *error* was raised in *phase*; then tell the peers, if it is the first; then log it."""
         barrier, span = self._barrier, self._span
         if span is not None:
+            if span.history is not None and not span.has_failed:
+                span.history.append((time.monotonic(), "failed"))
             span.has_failed = True
             if span.revocation is not None and span.revocation.is_begun:
                 phase = f"{phase}, after the group was revoked"

@@ -192,14 +192,20 @@ class Entry(Teardown):
             verdict = self.verdict
             is_whole = verdict is not None and verdict.complete and not verdict.revoked
             self._membership.renewal.is_due |= not is_whole
-        if (span := self._span) is not None:
-            if span.revocation is not None:
-                span.revocation.end()
-            span.part.revoked.discard(self._path)
-            span.control.left, span.is_left = self.name, True
-            if span.is_idle:
-                span.control.spans.pop(id(span), None)
+        if self._span is not None:
+            self._disappear(self._span)
         self._state = "left"
+
+    def _disappear(self, span: Span) -> None:
+        """Take this scope from the control thread's sight; a wait of it may still be to be ended."""
+        if span.revocation is not None:
+            span.revocation.end()
+            if span.revocation.is_begun and span.history is not None:
+                span.history.append((span.revocation.begun_at, "revoked"))
+        span.part.revoked.discard(self._path)
+        span.control.left, span.is_left = self.name, True
+        if span.is_idle:
+            span.control.spans.pop(id(span), None)
 
     # For the threads that end the process.
 

@@ -33,7 +33,8 @@ class SubtestResult:
         began: When it began on this rank, on the monotonic clock, in seconds.
         seconds: How long it took there.
         waited: Seconds that ranks waited in it for others that did not come.
-        history: Phases of this rank, each with the time at which it began, on the monotonic clock.
+        history: Phases of this rank, each with the time at which it began, on the monotonic clock; among them
+            ``"failed"`` and ``"revoked"``, which happened in a phase.
     """
 
     id: str

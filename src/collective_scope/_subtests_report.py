@@ -35,6 +35,9 @@ COLLECT_S = 30.0
 
 _WIDTH = 72
 
+_HAPPENED = ("failed", "revoked")
+"""What happens at one moment of a phase."""
+
 
 class Progress:
     """
@@ -108,6 +111,10 @@ def _failure(result: SubtestResult, rerun: str) -> list[str]:
         where = _place(outcome)
         if where and not place:
             lines.append(f"    {where}")
+    if (verdict := result.verdict) is not None and ordered:  # a rank that is gone has told nothing, and is the cause
+        gone = [f"  rank {rank} is gone" for rank in verdict.lost]
+        late = [f"  rank {rank} did not come" for rank in verdict.missing if rank not in result.failures]
+        lines[1:] = [*gone, *lines[1:], *late]
     if not ordered and result.error is not None:
         lines += [f"  {line}" for line in str(result.error).splitlines()]
     if rerun:
@@ -171,27 +178,23 @@ def write_trace(results: Sequence[SubtestResult], path: str, barrier: Barrier | 
 
 
 def _phases(result: SubtestResult, offset: float) -> Iterable[tuple[str, str, float, float]]:
-    """Return name, kind, start and end of each phase; the end of one is the start of the next."""
+    """Return name, kind, start and end of each phase, of which one ends where the next begins; then what happened."""
     if result.status == "not run":
         return
-    history = result.history or [(result.began, "in the body of")]  # a rank without peers keeps none
+    happened = [(at + offset, what) for at, what in result.history if what in _HAPPENED]
+    history = [each for each in result.history if each[1] not in _HAPPENED]
+    history = history or [(result.began, "in the body of")]  # a rank without peers keeps none
     ends = [began for began, _ in history[1:]]
     for (began, phase), end in zip(history, [*ends, result.began + result.seconds], strict=True):
         kind = "body" if phase == "in the body of" else "waiting" if phase.startswith("at the ") else "cleanup"
         name = result.id if kind == "body" else phase.removesuffix(" of").removeprefix("in ")
         yield name, kind if "making" not in phase else "renewal", began + offset, max(began, end) + offset
+    yield from ((f"{result.id}: {what}", what, at, at) for at, what in happened)
 
 
 def _event(rank: int, name: str, kind: str, began: float, ended: float) -> dict[str, Any]:
-    return {
-        "ph": "X",
-        "name": name,
-        "cat": kind,
-        "pid": rank,
-        "tid": 0,
-        "ts": began * 1e6,
-        "dur": (ended - began) * 1e6,
-    }
+    event = {"name": name, "cat": kind, "pid": rank, "tid": 0, "ts": began * 1e6}
+    return event | ({"ph": "i", "s": "t"} if kind in _HAPPENED else {"ph": "X", "dur": (ended - began) * 1e6})
 
 
 def _collect(barrier: Barrier, events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ CLASSES = {
     "shared_memory": "SharedMemoryManager",
     "symm_mem": "SymmMemManager",
     "deep_ep": "DeepEPManager",
+    "deep_ep_low_latency": "DeepEPLowLatencyManager",
 }
 
 
@@ -37,18 +38,19 @@ def why_unavailable(name: str, device_type: str) -> str | None:
     """Return why *name* cannot run here, in words; ``None`` if it can."""
     if name == "shared_memory" and device_type != "cpu":
         return "shared_memory is what symm_mem and deep_ep are on GPUs; it needs --device cpu"
-    if name in ("symm_mem", "deep_ep") and device_type != "cuda":
-        return f"{name} needs GPUs"
-    if name == "deep_ep" and find_spec("deep_ep") is None:
-        return "the package deep_ep is not installed"
-    if name in ("symm_mem", "deep_ep") and not have_peer_access():
-        return f"{name} needs GPUs with access to each other's memory"
-    if name == "symm_mem" and not symm_mem.is_nvshmem_available():
-        return "symm_mem needs NVSHMEM, which this torch does not find"
-    return None
+    if name not in ("symm_mem", "deep_ep", "deep_ep_low_latency"):
+        return None
+    lacks = {
+        "the package deep_ep, which is not installed": lambda: name != "symm_mem" and find_spec("deep_ep") is None,
+        "GPUs": lambda: device_type != "cuda",
+        "GPUs with access to each other's memory": lambda: not visible_devices_have_peer_access(),
+        "compute capability 9.0": lambda: name == "deep_ep_low_latency" and torch.cuda.get_device_capability() < (9, 0),
+        "NVSHMEM, which this torch does not find": lambda: name == "symm_mem" and not symm_mem.is_nvshmem_available(),
+    }
+    return next((f"{name} needs {what}" for what, is_lacking in lacks.items() if is_lacking()), None)
 
 
-def have_peer_access() -> bool:
+def visible_devices_have_peer_access() -> bool:
     """Tell whether every GPU can read and write the memory of every other."""
     count = torch.cuda.device_count()
     return all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)

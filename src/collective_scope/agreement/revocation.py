@@ -53,6 +53,7 @@ class Revocation:
 
     Attributes:
         is_begun: Whether the group is being revoked, or has been.
+        begun_at: Since when, on the monotonic clock.
     """
 
     renewal: Renewal
@@ -60,8 +61,8 @@ class Revocation:
     interrupt: type[BaseException]
     give_up: Callable[[str], object]
     is_begun: bool = attrs.field(default=False, init=False)
+    begun_at: float = attrs.field(default=0.0, init=False)
     _failed_at: float = attrs.field(default=float("inf"), init=False)
-    _begun_at: float = attrs.field(default=0.0, init=False)
     _done_at: float = attrs.field(default=float("inf"), init=False)
     _error: BaseException | None = attrs.field(default=None, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
@@ -111,7 +112,7 @@ class Revocation:
             is_at_work: Whether the rank has not come to the barrier.
             is_free: As for `look`.
         """
-        self.is_begun, self._begun_at = True, now
+        self.is_begun, self.begun_at = True, now
         pause = 0.0
         if is_at_work and self.renewal.interrupts_first:
             # A body that goes on to start kernels while a communicator is aborted starts them on freed memory.
@@ -128,7 +129,7 @@ class Revocation:
             now: The time, on the monotonic clock.
             is_free: Whether the thread runs the body itself, and neither a cleanup nor this library.
         """
-        if self._error is not None or (now > self._begun_at + REVOKE_S and self._done_at > now):
+        if self._error is not None or (now > self.begun_at + REVOKE_S and self._done_at > now):
             why = f"failed: {self._error!r}" if self._error is not None else f"took longer than {REVOKE_S:.0f} s"
             self.give_up(f"revoking the group {why}")
             self._done_at = now

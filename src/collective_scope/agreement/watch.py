@@ -76,7 +76,7 @@ class Span:
         stirred: When it last went somewhere, be it out of a scope within this one.
         wait: Its wait at the barrier, if it does wait.
         has_failed: Whether the rank itself has failed.
-        history: The phases so far, each with the time at which it began; None if they are not kept.
+        history: Phases, and what happened in them, each with the time at which it began; None if that is not kept.
         is_left: Whether the rank has left the scope, though a wait of it is still to be ended.
     """
 
