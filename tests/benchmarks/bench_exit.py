@@ -34,12 +34,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tests.hosts import HostsError, two_hosts
 from torch.distributed.elastic.utils.store import barrier as elastic_barrier
 
 from collective_scope import collective_scope
-from collective_scope.agreement.part import Part, Wait
+from collective_scope.agreement.part import Part
 from collective_scope.agreement.records import Record
-from tests.hosts import HostsError, two_hosts
+from collective_scope.agreement.wait import Wait
 
 
 LOOPBACK = "127.0.0.1"
@@ -75,7 +76,7 @@ class Floor:
                 store.compare_set(f"floor/{number}/v", "", "ok")
             else:
                 store.get(f"floor/{number}/v")
-            self.replies.put(True)
+            self.replies.put(None)
             if is_last and number:
                 store.delete_key(f"floor/{number - 1}/n")
                 store.delete_key(f"floor/{number - 1}/v")
@@ -163,7 +164,9 @@ def reduce_max(values: list[float]) -> list[float]:
     return [float(value) for value in tensor]
 
 
-def run_rank(rank: int, world_size: int, host: str, port: int, batches: int, result: SimpleQueue[Any]) -> None:
+def run_rank(  # noqa: PLR0917  (passed on by mp.spawn)
+    rank: int, world_size: int, host: str, port: int, batches: int, result: SimpleQueue[Any]
+) -> None:
     torch.set_num_threads(1)
     meeting = dist.TCPStore(host, port, wait_for_workers=False)
     # Rank 0 serves the group's store, as after a plain init_process_group.
@@ -217,7 +220,8 @@ def run_simulated(process: int, world_size: int, port: int, rounds: int, result:
             if number in (2, rounds + 1):
                 barrier.wait()
             now = time.monotonic()
-            part.attend(Wait(Record(f"{number} simulated", "exit", True), now, now + 600, 60, None, replies), True, client)
+            record = Record(f"{number} simulated", "exit", arrived=True)
+            part.attend(Wait(record, now, now + 600, 60, None, replies), has_thread=True, store=client)
             assert replies.get().ok
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in ranks]

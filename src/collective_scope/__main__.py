@@ -1,0 +1,124 @@
+"""
+``python -m collective_scope check``: see on one screen whether scopes work here, and what stands in their way.
+
+Run it as the suite is run: alone, or under torchrun. The exit code is 0 if all is well, on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import CollectiveScopeError, __version__, _groups, collective_scope
+from ._torch import default_group, store_of
+from .agreement.process import serves_store
+from .agreement.store_thread import base_of
+
+
+USAGE = "usage: [torchrun --nproc-per-node N -m | python -m] collective_scope check"
+
+REPEATS = 100
+
+TIMEOUT_S = 30.0
+
+NCCL_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": ("0", "else NCCL's watchdog may end a process before its group is revoked"),
+    "TORCH_NCCL_ENABLE_MONITORING": ("0", "else its monitor may end a process while a communicator is aborted"),
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": ("0", "else it writes its flight recorder at each abort"),
+    "TORCH_NCCL_BLOCKING_WAIT": ("0", "1 keeps the rank's thread in a wait that is not interrupted"),
+}
+"""For each variable, the setting that suits a group that is revoked, and why."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return the exit code."""
+    if arguments != ["check"]:
+        print(USAGE, file=sys.stderr)
+        return 2
+    print_once(f"collective_scope {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        micro = median(lambda: leave("alone")) * 1e6
+        print(f"alone        one process, no peers; a scope takes {micro:.0f} µs here")
+        print("next         torchrun --nproc-per-node 2 -m collective_scope check")
+        return 0
+    dist.init_process_group("gloo")
+    try:
+        with collective_scope(name="check", timeout=TIMEOUT_S, warn_after=3):
+            is_well = check()
+    except CollectiveScopeError as error:
+        print(f"FAILED       rank {dist.get_rank()}: {error}", flush=True)
+        return 1
+    dist.destroy_process_group()
+    return 0 if is_well else 1
+
+
+def check() -> bool:
+    """Print what is found, on rank 0; return whether all is well, on every rank."""
+    world = default_group()
+    found = _groups.find(world)
+    assert world is not None  # noqa: S101  (for the type checker)
+    assert found is not None  # noqa: S101
+    assert found[0].barrier is not None  # noqa: S101
+    store = store_of(world)
+    assert store is not None  # noqa: S101
+    control = found[0].barrier.control
+    barrier, scope = median(dist.barrier), median(lambda: leave("check"))
+    trip = median(lambda: store.add("collective_scope check", 0))
+    base: Any = base_of(store)
+    is_host = isinstance(base, dist.TCPStore) and serves_store(base.port)
+    facts = (socket.gethostname(), trip, barrier, scope, is_host, control.broken)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    hosts = sorted({each[0] for each in everyone})
+    print_once(f"ranks        {len(everyone)} on {len(hosts)} host{'s' * (len(hosts) > 1)}: {', '.join(hosts)}")
+    serving = next((f"rank {rank}" for rank, each in enumerate(everyone) if each[4]), "none of the ranks: the launcher")
+    where = f" at {base.host}, port {base.port}, served by {serving}" if isinstance(base, dist.TCPStore) else ""
+    print_once(f"store        {type(base).__name__}{where}")
+    trips, barriers, scopes = (max(each[place] for each in everyone) for place in (1, 2, 3))
+    print_once(f"round trip   {trips * 1e3:.2f} ms to the store and back, on the slowest rank")
+    print_once(f"a scope      {scopes * 1e3:.2f} ms; gloo's dist.barrier {barriers * 1e3:.2f} ms")
+    broken = {rank: each[5] for rank, each in enumerate(everyone) if each[5] is not None}
+    print_once(f"control      {f'ends early: {broken}' if broken else 'its thread is alive on every rank'}")
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        print_once(f"GPUs         {torch.cuda.device_count()}, NCCL {version}")
+        for name, (wanted, why) in NCCL_SETTINGS.items():
+            if os.environ.get(name) != wanted:
+                print_once(f"NCCL         {name}={wanted} for a RenewableGroup ({why})")
+    print_once("not well" if broken else "all well")
+    return not broken
+
+
+def leave(name: str) -> None:
+    """Enter a scope and leave it."""
+    with collective_scope(name=name, timeout=TIMEOUT_S):
+        pass
+
+
+def median(call: Callable[[], object]) -> float:
+    """Return how long *call* takes, in seconds."""
+    taken = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def print_once(text: str) -> None:
+    """Print on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
