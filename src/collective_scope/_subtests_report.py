@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-from xml.etree import ElementTree as ET
 
 from ._report import is_like_a_consequence
 from ._subtest_result import told
@@ -131,6 +130,8 @@ def _place(outcome: Outcome) -> str:
 
 def write_junit(results: Sequence[SubtestResult], path: str, name: str) -> None:
     """Write the format that CI servers read."""
+    from xml.etree import ElementTree as ET  # noqa: PLC0415  (few need it, and it is slow to import)
+
     counts = Counter(result.status for result in results)
     suite = ET.Element(
         "testsuite",
