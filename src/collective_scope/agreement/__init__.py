@@ -4,11 +4,14 @@ How the ranks of a group agree on one verdict, over a store and nothing else of 
 Read in this order, each module importing only from those before it:
 
 * ``process``: which process a rank is, where it is, what the system says of it
-* ``records``, ``wire``, ``text``: what a rank tells, what all ranks are told, and how it travels
+* ``text``, ``records``: what a rank tells, and what all ranks are told
 * ``rounds``: paths of scopes, the count of a round, and `judge`, as pure functions
+* ``wire``: how a verdict travels
 * ``store_thread``: store calls that can be bounded and left behind
+* ``life``: how a rank joins its group, and leaves it
 * ``wait``, ``part``: one rank's part in the rounds of its group: arrive, tell, decide
-* ``locate``, ``stacks``: where the ranks are
+* ``stacks``, ``locate``: where the ranks are
+* ``losses``: which of them are gone
 * ``revocation``: free a rank that is stuck because a peer failed
 * ``watch``: what has to be looked for while a scope lasts
 * ``control``: the one thread of a process that looks, answers and warns
@@ -29,7 +32,8 @@ life               the first rank that joins: a random word     with the last ra
 {life}/rank/{r}    rank *r*: the latest `Record`                with the last rank that leaves the group
 {life}/{round}/n   each rank adds to it when it arrives, or     when the next round is complete
                    has a failure to tell
-{life}/{round}/v   the verdict; the first to write it wins      when the next round is complete
+{life}/{round}/v   the verdict; the first to write it wins      when the next round is complete; it stays if
+                                                                a rank was interrupted or gave up in it
 news               a rank adds 1 for each item                  never: one key a store
 news/{k}           the item: which rank failed, is gone, or     half a minute later, by its writer
                    is asked where it is
