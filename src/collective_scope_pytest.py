@@ -59,7 +59,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(name="collective_scope")
 def _collective_scope(request: pytest.FixtureRequest) -> CollectiveScope:
     """Return the scope of the test function: what is registered there runs after it, before fixtures are torn down."""
-    return request.config.stash[_PLUGIN].scope_of_test(request.node)
+    plugin = request.config.stash.get(_PLUGIN, None)
+    if plugin is None or not plugin.phases.asks(request.node):
+        msg = "a test that gets the fixture collective_scope by its name needs --collective-scope or @pytest.mark.collective"
+        raise RuntimeError(msg)
+    return plugin.phases.scope_of_test(request.node)
 
 
 def asks_for_scopes(item: pytest.Item) -> bool:

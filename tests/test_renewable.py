@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from collective_scope import RenewableGroup, RevokedInterrupt, collective_scope
 from tests.carry_on import Event, defects, figures, plan, run, world_of
 from tests.ranks import RankPool, here, values
+from tests.stores import LONG_S
 
 
 Run = Callable[..., list[Any]]
@@ -188,14 +192,26 @@ def test_world_whose_make_fails_on_one_rank_is_tried_again_at_the_next_scope(run
         )
 
 
-def _interrupted_body(rank: int, world_size: int) -> Any:
-    world = RenewableGroup(store=_store("interrupted"), rank=rank, world_size=world_size)
+def _compute() -> None:
+    while True:
+        pass
+
+
+_WAYS_TO_GO_ON: dict[str, Callable[[], object]] = {
+    "computes": _compute,
+    "waits-for-a-lock": lambda: threading.Event().wait(),
+    "sleeps": lambda: time.sleep(LONG_S),
+    "reads": lambda: os.read(os.pipe()[0], 1),
+}
+
+
+def _interrupted_body(rank: int, world_size: int, how: str) -> Any:
+    world = RenewableGroup(store=_store(f"interrupted-{how}"), rank=rank, world_size=world_size)
     seen: list[str] = []
 
     def wait_for_ever() -> None:
         try:
-            while True:
-                pass
+            _WAYS_TO_GO_ON[how]()
         except Exception:  # noqa: BLE001  (must not be what ends it)
             seen.append("Exception")
         except BaseException as interrupt:
@@ -209,9 +225,10 @@ def _interrupted_body(rank: int, world_size: int) -> Any:
     return seen, surfaced
 
 
-def test_world_interrupts_a_body_that_goes_on(run_on: Run) -> None:
-    """A body that computes for ever is ended by an interrupt that `except Exception` does not catch."""
-    (seen, surfaced), (_, failed) = run_on(2, _interrupted_body)
+@pytest.mark.parametrize("how", _WAYS_TO_GO_ON)
+def test_world_interrupts_a_body_that_goes_on(how: str, run_on: Run) -> None:
+    """A body that goes on in Python is ended by an interrupt that `except Exception` does not catch."""
+    (seen, surfaced), (_, failed) = run_on(2, _interrupted_body, how)
 
     assert [RevokedInterrupt.__name__, "finally"] == seen
     assert "PeerFailedError" == surfaced[0][0]

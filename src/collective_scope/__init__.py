@@ -36,6 +36,8 @@ from .exceptions import (
 
 # How the files hang together, each importing only from those below it:
 #
+#   pytest_plugin, _pytest_phases, _pytest_terminal, _pytest_reports    a scope around each phase of a test
+#   __main__                   the command ``check``
 #   _subtests, _subtests_report, _subtest_result    a loop of subtests, and its report
 #   _api                       the function that users call, and what it accepts
 #   _renewable, _sockets       a group that can be revoked, and made again

@@ -119,12 +119,22 @@ def judge(verdict: Verdict | None, told: list[Told]) -> str:
     return "xfailed" if "xfailed" in kinds and set(kinds) <= {"xfailed", "xpassed", "subtests"} else "failed"
 
 
-def as_judged(kind: str, report: pytest.TestReport, told: list[Told]) -> pytest.TestReport:
-    """Return the report of a phase that did not fail, on the whole."""
+def as_judged(kind: str, report: pytest.TestReport, told: list[Told], *, counts_subtests: bool) -> pytest.TestReport:
+    """
+    Return the report of a phase that did not fail, on the whole.
+
+    Args:
+        kind: What `judge` has said.
+        report: What this rank made of the phase.
+        told: What the ranks have told.
+        counts_subtests: Whether a test fails if its subtests do; those of unittest pass all the same.
+    """
     if kind == "xfailed" and _kind(report) != "xfailed":  # it passed here
         report.outcome, report.wasxfail = "skipped", _causes(told)[0].line
     elif kind == "passed" and report.failed:  # as a consequence
         report.outcome, report.longrepr = "passed", None
+    if report.passed and counts_subtests and any(each.subtests for each in told):
+        report.outcome, report.longrepr = "failed", "contains subtests that failed"
     return report
 
 
@@ -150,21 +160,21 @@ def failed(
     """
     told = hear(verdict)
     lead = next(iter(_causes(told)), None)
-    alike = [] if lead is None else [each.rank for each in _causes(told) if each.line == lead.line]
+    alike = [] if lead is None else sorted(each.rank for each in _causes(told) if each.line == lead.line)
     ours = [e for e in errors if isinstance(e, CollectiveScopeError) and not isinstance(e, PeerFailedError)]
     local = [e for e in errors if not isinstance(e, CollectiveScopeError)]
-    line = str(ours[0]).split("\n", 1)[0] if ours else ""
+    line = lead.line if lead is not None else str(ours[0]).split("\n", 1)[0] if ours else ""
     if local and (lead is None or (rank in alike and not report.failed)):
-        report = make(local.pop(0))
-        line = "" if lead is None else lead.line
-    elif lead is None:
-        report = make(pytest.fail.Exception(str(ours[0]), pytrace=False))
-    elif lead.kind == "skipped" and not lead.outcome.also:
-        line = f"skipped there, and not on the other ranks: {lead.line}"
-        report = make(pytest.fail.Exception(line, pytrace=False))
-    else:
-        report = report if rank in alike else _as_told(lead, report, config, make)
-        line = lead.line
+        error = local.pop(0)
+        report = make(error)
+        if getattr(report.longrepr, "reprcrash", None) is None:  # a function in C has no frame to show
+            report.longrepr = _as_text(traceback_of(error))
+    elif lead is None or (lead.kind == "skipped" and not lead.outcome.also):
+        text = str(ours[0]) if lead is None else f"skipped there, and not on the other ranks: {line}"
+        report, line = make(pytest.fail.Exception(text, pytrace=False)), text.split("\n", 1)[0]
+        report.longrepr = _as_text(text)
+    elif rank not in alike:
+        report = _as_told(lead, report, config, make)
     report.outcome = "failed"
     vars(report).pop("wasxfail", None)
     if verdict is not None and verdict.world_size > 1:

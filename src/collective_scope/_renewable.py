@@ -256,5 +256,7 @@ class RenewableGroup:
 def _store_of_environment(rank: int) -> dist.Store:
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=rank == 0 and not by_agent, wait_for_workers=False)
+    # What make() calls may want to serve the same address.
+    serves = rank == 0 and not by_agent
+    store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, multi_tenant=True)
     return dist.PrefixStore(f"collective_scope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

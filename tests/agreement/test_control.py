@@ -156,6 +156,28 @@ def test_survey_tells_where_all_ranks_are(rank_on: RankOn) -> None:
     assert dict(enumerate(expected)) == phases
 
 
+def test_surveys_of_ranks_that_end_together_answer_each_other(rank_on: RankOn) -> None:
+    """Two processes whose time is up at the same moment still say where they are."""
+    store, both_ask, end = dist.HashStore(), threading.Barrier(2), threading.Barrier(2)
+
+    def hook(method: str, key: str) -> None:
+        if method == "set" and "/news/" in key:  # the question: both have begun to ask when either is heard
+            both_ask.wait(PATIENCE_S)
+
+    ranks = [rank_on(HookedStore(store, hook), rank, 2) for rank in range(2)]
+
+    def look(rank: int, peer: int) -> str:
+        with ranks[rank].scope() as span:
+            assert wait_until(lambda: peer in ranks[rank].part.records)
+            places = ranks[rank].control.survey(span, PATIENCE_S)
+            end.wait(PATIENCE_S)
+        return places[peer].phase
+
+    phases = at_once(functools.partial(look, 0, 1), functools.partial(look, 1, 0))
+
+    assert ["in the body of scope 'scope'"] * 2 == phases
+
+
 def test_survey_of_a_store_that_hangs_is_bounded(rank_on: RankOn, thawed: threading.Event) -> None:
     """A process that is about to end does not wait for the store, and says where it is itself."""
     rank = rank_on(HookedStore(dist.HashStore(), lambda *_: thawed.wait(PATIENCE_S)), 0, 2)

@@ -184,7 +184,7 @@ class Control:
                 self.spans.pop(key, None)
         while self._surveys:
             span, done = self._surveys.popleft()
-            done.put(span.survey(store))
+            done.put(span.survey(store, functools.partial(self._read_news, store)))
         if now >= self._next_beat:
             self._beats, self._next_beat = self._beats + 1, now + BEAT_S
             store.set(f"{ROOT}/beat/{me().key}", str(self._beats))

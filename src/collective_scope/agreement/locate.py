@@ -83,10 +83,11 @@ class Locator:
                 places[rank] = Place(record.process, state, silence=now - (self.asked_at or now))
         return places
 
-    def survey(self, store: Store, ranks: list[int]) -> dict[int, Place]:
-        """Ask *ranks*, whatever they do, and return where they are a moment later."""
+    def survey(self, store: Store, ranks: list[int], meanwhile: Callable[[], object]) -> dict[int, Place]:
+        """Ask *ranks*, whatever they do, and return where they are a moment later; they may be asking, too."""
         self.forget()
         self.ask(store, time.monotonic(), "")
         while self.has_time(time.monotonic()) and not self.have_answered(store, ranks):
+            meanwhile()
             time.sleep(POLL_S / 2)
         return self.where(time.monotonic(), ranks)

@@ -9,9 +9,11 @@ goes on then, with wrong values or waiting for what will not come, is interrupte
 from __future__ import annotations
 
 import ctypes
+import signal
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -19,6 +21,9 @@ import attrs
 
 REVOKE_S = 20.0
 """How long revoking may take; a rank that it takes longer is ended."""
+
+WAKING = signal.SIGURG
+"""What wakes the main thread: a signal that is ignored by default, and that few programs use."""
 
 INTERRUPT_S = 0.1
 """How long a rank that has been freed has to leave the body by itself."""
@@ -75,6 +80,8 @@ class Revocation:
 
     def enter_body(self) -> None:
         """From now on, the thread may be interrupted."""
+        if self._is_main() and signal.getsignal(WAKING) == signal.SIG_DFL:
+            signal.signal(WAKING, _wake_up)
         self._is_in_body = True
 
     def leave_body(self) -> None:
@@ -141,6 +148,12 @@ class Revocation:
             if is_free and self._is_in_body and not self._is_interrupted:
                 self._is_interrupted = True
                 _raise_in(self.thread, self.interrupt)
+                if self._is_main() and signal.getsignal(WAKING) == _wake_up:
+                    # A thread that waits for a lock takes no step in Python until a signal comes, to the main thread only.
+                    signal.pthread_kill(self.thread, WAKING)
+
+    def _is_main(self) -> bool:
+        return self.thread == threading.main_thread().ident
 
     def _revoke(self, pause: float, is_at_work: bool) -> None:  # noqa: FBT001  (passed on by position)
         time.sleep(pause)
@@ -151,6 +164,10 @@ class Revocation:
             except BaseException as error:  # handed to the control thread
                 self._error = error
         self._done_at = time.monotonic()
+
+
+def _wake_up(number: int, frame: FrameType | None) -> None:
+    """Handle `WAKING`: this is the step in Python at which the interrupt is raised."""
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

@@ -149,9 +149,9 @@ class Span:
             self._warn(store, now, wait)
             self._warn_at = next(self._warnings)
 
-    def survey(self, store: Store) -> dict[int, Place]:
-        """Return where all ranks are, having asked them."""
-        return self._locator.survey(store, self._others()) | {self.part.rank: self.control.place(self)}
+    def survey(self, store: Store, meanwhile: Callable[[], object]) -> dict[int, Place]:
+        """Return where all ranks are, having asked them; call *meanwhile* while they answer."""
+        return self._locator.survey(store, self._others(), meanwhile) | {self.part.rank: self.control.place(self)}
 
     @property
     def round_of_wait(self) -> str:

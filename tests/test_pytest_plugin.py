@@ -1,0 +1,357 @@
+"""The pytest plugin: real suites, under real torchrun, and what one process makes of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import attrs
+import pytest
+
+from tests.ranks import run_script, run_torchrun
+
+
+SUITE = Path(__file__).parent / "pytest_suite"
+
+_NO_DNS = re.compile(r"^.*The hostname of the client socket cannot be retrieved.*\n", re.MULTILINE)
+"""What torch prints because the tests keep it from asking the DNS."""
+
+WIDE = {"COLUMNS": "200"}
+"""Lines of the summary are not cut."""
+
+# For each run: pytest's arguments, and variables.
+Plan = Mapping[str, tuple[list[str], dict[str, str]]]
+
+
+@attrs.frozen
+class Run:
+    """
+    What came of one run of pytest on one rank.
+
+    Attributes:
+        folder: What it wrote is there.
+        exit: Its exit code.
+        stdout: What it printed there.
+        stderr: What it printed there.
+        outcomes: What became of each test, and how often: id, phase, outcome.
+        texts: What the reports of failures say, by test.
+        is_whole: Whether the session came to its end.
+    """
+
+    folder: Path
+    exit: int
+    stdout: str
+    stderr: str
+    outcomes: Counter[tuple[str, str, str]]
+    texts: dict[str, str]
+    is_whole: bool
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the last line of the terminal counts, such as ``{"failed": 1, "passed": 2}``, without warnings."""
+        line = next((line for line in reversed(self.stdout.splitlines()) if re.search(r" in \d+\.\d\ds", line)), "")
+        counted = {
+            what.rstrip("s") if what != "passed" else what: int(n) for n, what in re.findall(r"(\d+) (\w+)", line)
+        }
+        return {what: n for what, n in counted.items() if what != "warning"}
+
+    def count(self, test: str, outcome: str) -> int:
+        """Return how often a test of this name had this outcome."""
+        return sum(n for (name, _, each), n in self.outcomes.items() if f"::{test} " in name and each == outcome)
+
+    @classmethod
+    def read(cls, folder: Path, rank: int = 0, code: int | None = None, stdout: str = "", stderr: str = "") -> Run:
+        """Read what `pytest_suite/driver.py` and `pytest_suite/conftest.py` have written."""
+        path = folder / f"{rank}.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        tests = [event for event in events if event["when"] != "end"]
+        if code is None:
+            code = int((folder / f"{rank}.exit").read_text())
+            stdout, stderr = ((folder / f"{rank}.{name}").read_text() for name in ("stdout", "stderr"))
+        return cls(
+            folder=folder,
+            exit=code,
+            stdout=stdout,
+            stderr=_NO_DNS.sub("", stderr),
+            outcomes=Counter((event["test"], event["when"], event["outcome"]) for event in tests),
+            texts={event["test"]: event["text"] for event in tests if event["outcome"] == "failed"},
+            is_whole=len(tests) < len(events),
+        )
+
+
+def run_plan(folder: Path, world_size: int, plan: Plan, timeout: float = 150.0) -> dict[str, list[Run]]:
+    """Run pytest under torchrun, several times in one launch; return for each run what came of each rank."""
+    (folder / "plan.json").write_text(json.dumps([[name, *each] for name, each in plan.items()]))
+    run_torchrun(SUITE / "driver.py", folder, world_size=world_size, timeout=timeout, cwd=SUITE, env=WIDE)
+    return {name: [Run.read(folder / name, rank) for rank in range(world_size)] for name in plan}
+
+
+def run_alone(folder: Path, *arguments: str) -> Run:
+    """Run pytest in one process without a launcher."""
+    env = {"SUITE_OUTCOMES": str(folder), **WIDE}
+    result = run_script("-m", "pytest", *arguments, "-p", "no:cacheprovider", env=env, cwd=SUITE, expect_exit=None)
+    return Run.read(folder, 0, result.exit, result.stdout, result.stderr)
+
+
+SCOPES = "--collective-scope"
+MAKE = "--collective-scope-make=auto"
+PATIENCE = ["--collective-scope-failure-timeout=60", "--collective-scope-warn-after=60"]
+FEW = ["suite_few.py", SCOPES, *PATIENCE]
+LATE = {"SUITE_LATE": "1"}
+
+FOUR: Plan = {
+    "features": (["suite_features.py", SCOPES, *PATIENCE], {}),
+    "faults": (["suite_faults.py", SCOPES, MAKE, *PATIENCE, "--junitxml={results}/{rank}.xml"], {}),
+    "divided": (["suite_divided.py", SCOPES, MAKE, *PATIENCE], {}),
+}
+
+TWO: Plan = {
+    "all": ([*FEW, "--durations=1"], {}),
+    "lf": ([*FEW, "--lf"], {}),
+    "x": (
+        ["suite_few.py", *PATIENCE, "-x", "-o", "collective_scope=true", "-o", "collective_scope_lockstep_gc=true"],
+        {},
+    ),
+    "maxfail": ([*FEW, "--maxfail=2", "-p", "no:capture"], {}),
+    "k": ([*FEW, "-k", "marked", "--collective-scope-group=tests.pytest_suite.conftest:default_group"], {}),
+    "reruns": ([*FEW, "--reruns=1", "-k", "at_first or again"], {}),
+    "marked": (["suite_few.py", *PATIENCE], {"SUITE_BY_NAME": "1"}),
+    "xdist": ([*FEW, "-n2"], {}),
+    "wrong option": ([*FEW, "--collective-scope-timeout=-1"], {}),
+    "wrong marker": (FEW, {"SUITE_WRONG": "1"}),
+    "differs": (FEW, {"SUITE_DIFFERS": "1"}),
+    "exit": ([*FEW, "-k", "ends"], {"SUITE_ENDS": "exit"}),
+    "interrupt": ([*FEW, "-k", "ends"], {"SUITE_ENDS": "interrupt"}),
+    "timeout": ([*FEW, "-k", "late"], LATE),
+    "timeout by a thread": ([*FEW, "-k", "again or late", "--timeout-method=thread"], LATE),
+    "killed": (
+        [*FEW, "-k", "again or stuck", "--collective-scope-kill-after=6", "--collective-scope-warn-after=3"],
+        LATE,
+    ),
+}
+
+
+@pytest.fixture(scope="module", name="four")
+def _four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
+    """Return what four ranks make of whole suites."""
+    return run_plan(tmp_path_factory.mktemp("four"), 4, FOUR)
+
+
+@pytest.fixture(scope="module", name="two")
+def _two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
+    """Return what two ranks make of a few tests with options of pytest."""
+    return run_plan(tmp_path_factory.mktemp("two"), 2, TWO)
+
+
+@pytest.mark.parametrize("suite", ["features", "faults"])
+def test_outcomes_on_four_ranks_are_those_of_one_process(
+    suite: str, four: dict[str, list[Run]], tmp_path: Path
+) -> None:
+    """The reports, the exit code, and the numbers in the terminal are equal; so is the JUnit file, which rank 0 writes."""
+    alone = run_alone(tmp_path, f"suite_{suite}.py", f"--junitxml={tmp_path / 'alone.xml'}")
+
+    assert len(alone.outcomes) >= 16
+    for run in four[suite]:
+        assert alone.outcomes == run.outcomes
+        assert (alone.exit, True) == (run.exit, run.is_whole)
+    assert alone.counts == four[suite][0].counts
+    if suite == "faults":
+        (written,) = four[suite][0].folder.glob("*.xml")
+        assert "0.xml" == written.name
+        assert _junit(tmp_path / "alone.xml") == _junit(written)
+
+
+@pytest.mark.parametrize("suite", FOUR)
+def test_failures_of_any_rank_are_reported_alike_by_all(suite: str, four: dict[str, list[Run]]) -> None:
+    """Ranks report the same of the same tests, though they did not do the same; rank 0 alone prints."""
+    first, *others = four[suite]
+
+    assert first.is_whole
+    for run in others:
+        assert first.outcomes == run.outcomes
+        assert ("", "") == (run.stdout, run.stderr)
+    assert "" == first.stderr
+
+
+def test_failures_of_one_rank_before_or_after_collectives_are_shown_with_their_cause(
+    four: dict[str, list[Run]],
+) -> None:
+    """What each rank reports names the rank, and has its traceback and its output."""
+    run = four["faults"][0]
+    failed = [test for test in run.texts if "subtest" not in test]
+
+    assert 10 == len(failed)
+    for test in failed:
+        for each in four["faults"]:
+            assert re.search(r"on the last rank, |not as expected", each.texts[test]), test
+            assert "3 (" in each.texts[test], test
+    assert 10 == len(re.findall(r"^(?:FAILED|ERROR) .* - rank 3: ValueError", run.stdout, re.MULTILINE))
+    # Not what a cleanup prints: then the report is made already.
+    assert 9 == len(
+        re.findall(r"^-+ Captured stdout \w+, rank 3 -+\nprinted by the last rank", run.stdout, re.MULTILINE)
+    )
+    assert 2 == len(re.findall(r"^SUBFAILED.* - rank 3: ValueError", run.stdout, re.MULTILINE))
+
+
+def test_ranks_that_do_different_things_are_told_apart(four: dict[str, list[Run]]) -> None:
+    """A skip on one rank is a failure; of several errors the first leads, and all are listed; long reports are cut."""
+    run = four["divided"][3]
+    texts = {test.partition("::")[2].partition(" ")[0]: text for test, text in run.texts.items()}
+
+    assert "skipped there, and not on the other ranks: Skipped: only here" in texts["test_skips_on_one_rank"]
+    assert "only in this setup" in texts["test_skips_in_the_setup_of_one_rank"]
+    assert "ValueError: of the last rank" in texts["test_raises_different_errors"]
+    assert "TypeError: of another rank, 4.0" in texts["test_raises_different_errors"]
+    assert 4 == sum("[of rank" in test for test, _, outcome in run.outcomes if outcome == "failed")
+    assert "characters in all" in four["divided"][0].texts[_name(run, "test_has_too_much_to_tell")]
+    assert "UnprintableError" in four["divided"][0].texts[_name(run, "test_raises_what_cannot_be_shown")]
+    assert run.count("test_xfails_in_the_body_of_one_rank", "xskipped") == 1
+    assert run.count("test_passes_at_the_end", "passed") == 1
+
+
+def test_options_of_pytest_choose_the_same_tests_on_all_ranks(two: dict[str, list[Run]]) -> None:
+    """A failure on one rank counts on all of them: for the last failed, for the first, for the second."""
+    for name, counts in {
+        "all": {"failed": 4, "passed": 3},
+        "lf": {"failed": 4, "deselected": 3},
+        "x": {"failed": 1, "passed": 1},
+        "maxfail": {"failed": 2, "passed": 1},
+        "k": {"failed": 1, "deselected": 6},
+        "reruns": {"failed": 1, "passed": 1, "deselected": 5, "rerun": 2},
+    }.items():
+        first, second = two[name]
+
+        assert counts == first.counts, first.stdout
+        assert first.outcomes == second.outcomes
+        assert (1, 1, "") == (first.exit, second.exit, second.stdout)
+    assert "slowest 1 durations" in two["all"][0].stdout
+    assert re.search(
+        r"^FAILED .*test_fails_everywhere - ranks 0, 1: AssertionError$", two["all"][0].stdout, re.MULTILINE
+    )
+
+
+def test_without_the_option_only_marked_tests_are_run_together(two: dict[str, list[Run]]) -> None:
+    """The rest is each rank's own business, and each prints."""
+    first, second = two["marked"]
+
+    assert {"failed": 3, "passed": 5} == first.counts
+    assert {"failed": 5, "passed": 3} == second.counts
+    for run in (first, second):
+        assert "test_marked - rank 1: assert not True" in run.stdout
+        assert "test_fails_everywhere - AssertionError" in run.stdout
+        assert "by its name needs --collective-scope or @pytest.mark.collective" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "text"),
+    [
+        ("xdist", 4, "so -n cannot be used under a launcher"),
+        ("wrong option", 4, "collective_scope: timeout must be positive and finite"),
+        ("wrong marker", 4, "the marker 'collective' of suite_few.py::test_marked_wrongly: timeout must be positive"),
+        ("differs", 1, "rank 1 alone has suite_few.py::test_of_parameters[2]"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_the_first_test(
+    name: str, code: int, text: str, two: dict[str, list[Run]]
+) -> None:
+    """One sentence says why, on all ranks the same exit code."""
+    assert [code, code] == [run.exit for run in two[name]]
+    assert text in two[name][0].stderr
+    assert not any(run.outcomes for run in two[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "text"), [("exit", 9, "has seen enough"), ("interrupt", 2, "KeyboardInterrupt")]
+)
+def test_the_end_of_the_session_on_one_rank_ends_all(
+    name: str, code: int, text: str, two: dict[str, list[Run]]
+) -> None:
+    """The exit code is that of the rank, whose reason rank 0 tells."""
+    assert [code, code] == [run.exit for run in two[name]]
+    assert re.search(f"Exit: rank 1: .*{text}", two[name][0].stdout)
+
+
+def test_timeout_on_one_rank_fails_the_test_on_all(two: dict[str, list[Run]]) -> None:
+    """The report shows where that rank was, and what it printed; the other one has waited for it."""
+    first, second = two["timeout"]
+
+    assert {"failed": 1, "deselected": 8} == first.counts
+    assert first.outcomes == second.outcomes
+    assert "test_is_late - rank 1: Failed: Timeout (>3.0s)" in first.stdout
+    assert "printed by the rank that is late" in first.stdout
+    assert ">           threading.Event().wait()" in first.stdout
+
+
+def test_timeout_by_a_thread_ends_one_rank_and_the_session(two: dict[str, list[Run]]) -> None:
+    """The rank that dies prints its stacks; the other one says that it is gone, and what failed before."""
+    first, second = two["timeout by a thread"]
+
+    assert [1, 1] == [first.exit, second.exit]
+    assert "in test_is_late" in second.stderr
+    assert re.search(r"^FAILED .*test_is_late - rank 1 of 2 lost", first.stdout, re.MULTILINE)
+    assert "FAILED suite_few.py::test_fails_again - rank 1: ValueError: again" in first.stdout
+
+
+def test_kill_after_of_a_test_that_hangs_says_where_all_are_and_what_has_failed(two: dict[str, list[Run]]) -> None:
+    """A warning comes first, once; the end goes past the capture, with the reports of earlier tests."""
+    first, second = two["killed"]
+    log = first.stderr + second.stderr
+    scope = "scope 'suite_few.py::test_is_stuck (call)'"
+
+    # The rank that is ended first frees the other one, which may get to the end of its session.
+    assert {124} <= {first.exit, second.exit} <= {124, 1}
+    assert f"{scope} was not left within kill_after=6.0 s" in log
+    assert 1 == log.count(f"no rank of 2 has come to the exit of {scope}")
+    for line in ("all_reduce(1.0)", "threading.Event().wait()"):
+        assert re.search(rf"in test_is_stuck\n +{re.escape(line)}", log), log
+    assert 1 == (first.stdout + log).count("E           ValueError: again")
+
+
+def test_end_of_torchrun_by_a_signal_leaves_a_log_with_all_that_was_known(tmp_path: Path) -> None:
+    """Each rank says where it is, and one of them which tests have failed; children of a test are not touched."""
+    suite = ["-m", "pytest", "suite_stuck.py", SCOPES, "-p", "no:cacheprovider"]
+    env = {"SUITE_OUTCOMES": str(tmp_path)}
+    result = run_torchrun(*suite, world_size=2, cwd=SUITE, env=env, expect_exit=None)
+
+    log = result.stdout + result.stderr
+    for rank in range(2):
+        head = rf"rank {rank} of 2 is ended by SIGTERM in suite_stuck.py::test_is_stuck \(call\), after \d"
+        assert re.search(rf"{head}.*\n(?:  .*\n)*  File .*in test_is_stuck\n", log), log
+    assert "suite_stuck.py::test_fails_first failed (call):" in log
+    assert "E           ValueError: known before the end" in log
+    assert "suite_stuck.py F." in log
+
+
+def test_worker_of_xdist_is_a_world_of_one(tmp_path: Path) -> None:
+    """Without a launcher, other processes can run the tests."""
+    run = run_alone(tmp_path, "suite_few.py", "-n1", SCOPES)
+
+    assert {"failed": 4, "passed": 3} == run.counts
+
+
+def test_plugin_that_is_not_asked_for_imports_nothing(tmp_path: Path) -> None:
+    """A suite that has nothing to do with it does not pay for torch."""
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
+    code = (
+        "import sys, pytest; print(pytest.main(['-q']), *sorted({'torch', 'collective_scope_pytest'} & {*sys.modules}))"
+    )
+    result = run_script("-c", code, cwd=tmp_path)
+
+    assert "ExitCode.OK collective_scope_pytest" == result.stdout.splitlines()[-1].replace("0", "ExitCode.OK", 1)
+
+
+def _junit(path: Path) -> tuple[Counter[tuple[str | None, ...]], dict[str, str]]:
+    """Return what became of each test according to a JUnit file, and its totals."""
+    root = next(ET.parse(path).getroot().iter("testsuite"))  # noqa: S314  (pytest has written it)
+    cases = Counter(
+        (case.get("classname"), case.get("name"), *(child.tag for child in case)) for case in root.iter("testcase")
+    )
+    return cases, {name: root.attrib[name] for name in ("errors", "failures", "skipped")}
+
+
+def _name(run: Run, test: str) -> str:
+    return next(name for name in run.texts if f"::{test} " in name)
