@@ -155,13 +155,14 @@ class RankContext:
 
     def wait_for(self, name: str, timeout: float = 60.0) -> None:
         """Block until some rank announced *name*, at most *timeout* seconds."""
-        deadline = time.monotonic() + timeout
+        deadline, pause = time.monotonic() + timeout, 0.001
         flag = self._flag(name)
         while not flag.exists():
             if time.monotonic() > deadline:
                 msg = f"nobody announced {name!r} within {timeout:.1f} s"
                 raise TimeoutError(msg)
-            time.sleep(0.002)  # A file cannot be waited for.
+            time.sleep(pause)  # A file cannot be waited for.
+            pause = min(0.02, 1.2 * pause)
 
     def new_store(self) -> dist.Store:
         """Return this rank's client of the store that all ranks share."""

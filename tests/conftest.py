@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run tests marked 'long'")
     parser.addoption("--repeat", type=int, default=1, metavar="N", help="run each test N times")
     parser.addoption("--busy", action="store_true", help="keep all cores busy meanwhile")
-    parser.addoption("--lanes", type=int, default=3, metavar="N", help="play N faults at a time")
+    parser.addoption("--lanes", type=int, default=8, metavar="N", help="play N faults at a time")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -59,7 +59,7 @@ class HookedStore(dist.Store):
         self._hook = hook
 
     def _before(self, method: str, key: str) -> None:
-        # "collective_scope/{life}/{key}", and "life", "collective_scope/news" and the like as they are.
+        # "collective_scope/{life}/{key}", and "life of 2", "collective_scope/news" and the like as they are.
         parts = key.split("/", 2)
         self._hook(method, parts[2] if len(parts) > 2 and parts[1] not in ("news", "beat") else key)
 
@@ -107,9 +107,10 @@ def wait_until(is_true: Callable[[], bool], timeout: float = PATIENCE_S) -> bool
 
 def record_of(store: dist.Store, rank: int) -> Record | None:
     """Return the latest record of *rank*, as a peer sees it; None if it has told nothing."""
-    if not store.check(["life"]):
+    lives = [key for key in store.list_keys() if key.startswith("life of ")]
+    if not lives:
         return None
-    key = f"collective_scope/{store.get('life').decode()}/rank/{rank}"
+    key = f"collective_scope/{store.get(lives[0]).decode()}/rank/{rank}"
     return Record.decode(store.get(key)) if store.check([key]) else None
 
 
@@ -191,9 +192,9 @@ class Rank:
     def __attrs_post_init__(self) -> None:
         self.control = Control(self.store.clone, self.store if self.serves else None, serves=self.serves)
         process = attrs.evolve(me(), serves=self.serves)
-        part = Part(self.store.clone, self.rank, self.world_size, self.control.heard, process)
+        part = Part(self.store.clone, self.rank, self.world_size, self.control.heard, process, self.server)
         self.control.groups[id(part)] = part
-        self.barrier = Barrier(part, self.control, self.server)
+        self.barrier = Barrier(part, self.control)
 
     @property
     def part(self) -> Part:

@@ -16,7 +16,7 @@ from tests.ranks import run_script
 
 _TELL = """
 import json, os, pathlib, sys, time
-from collective_scope._process import me
+from collective_scope.agreement.process import me
 print(json.dumps([me().host, me().machine, time.monotonic(), time.time(), os.listdir("/sys/class/net")]))
 mine, other = map(pathlib.Path, sys.argv[1:])
 mine.touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import logging
 import sys
 import threading
@@ -10,13 +11,15 @@ import time
 
 import pytest
 
-from collective_scope import BarrierTimeoutError, CollectiveScopeError, _kill, collective_scope
-from collective_scope._kill import EXIT_CODE, HELD_S, stacks
-from tests.ranks import RankResult, run_ranks
+from collective_scope import BarrierTimeoutError, CollectiveScopeError, PeerLostError, _kill, collective_scope
+from collective_scope._kill import EXIT_CODE, stacks
+from collective_scope.agreement.control import SURVEY_S
+from tests.ranks import RankResult, here, process_state, run_ranks
 from tests.stores import PATIENCE_S
 
 
 _STUCK_S = 60.0
+_SHORTLY_HELD_S = 1.0
 
 
 # In processes
@@ -28,7 +31,8 @@ def _get_stuck(rank: int, _world_size: int) -> tuple[str, str, float]:
         pass
     start = time.monotonic()
     try:
-        with collective_scope(name="late", kill_after=1.5):
+        # The one that waits is out of patience well before the other one is ended.
+        with collective_scope(name="late", kill_after=0.8 if rank == 0 else 2.5):
             if rank == 1:
                 time.sleep(_STUCK_S)
     except CollectiveScopeError as error:
@@ -42,14 +46,54 @@ def test_kill_after_ends_the_stuck_process_with_its_stacks_and_bounds_its_peer()
 
     kind, text, took = waiting.unwrap()
     assert BarrierTimeoutError.__name__ == kind
-    assert text.startswith("rank 1 of 2 missing at the exit of scope 'late' after 1.5 s")
+    assert text.startswith("rank 1 of 2 missing at the exit of scope 'late' after ")
     assert "in _get_stuck" in text
-    assert took < 1.5 + 5
-    assert "scope 'late' was not left within kill_after=1.5 s; this process is ended now" in stuck.stderr
+    assert took < 0.8 + 5
+    assert "scope 'late' was not left within kill_after=2.5 s; this process is ended now" in stuck.stderr
     assert "rank 0: " in stuck.stderr
     assert "rank 1 (this one): " in stuck.stderr
     assert "Thread MainThread:" in stuck.stderr
     assert "Thread collective_scope-" not in stuck.stderr
+
+
+def _work_until_it_is_gone(pid: int) -> None:
+    while process_state(pid) not in {"gone", "Z"}:
+        time.sleep(0.01)  # Not our child: nothing to wait on.
+
+
+def _have_one_ended(rank: int, _world_size: int) -> tuple[str, str, float]:
+    logging.basicConfig()
+    sys.stderr = io.StringIO()  # as where it is captured
+    with collective_scope(name="healthy"):
+        pass
+    start = time.monotonic()
+    try:
+        with collective_scope(name="uneven", timeout=_STUCK_S, kill_after=1.0 if rank == 1 else None):
+            if rank == 1:
+                time.sleep(_STUCK_S)
+            if rank == 2:
+                _work_until_it_is_gone(here().pids[1])
+    except CollectiveScopeError as error:
+        return type(error).__name__, str(error), time.monotonic() - start
+    return "", "", 0.0
+
+
+def test_kill_after_surveys_ranks_at_work_and_waiting_and_tells_them() -> None:
+    """The report is on the real stderr, with the lines where ranks at work are; each peer is told that this one was ended."""
+    waiting, stuck, working = run_ranks(3, _have_one_ended, host="parent", expect_exit={1: EXIT_CODE})
+
+    for peer in (waiting, working):
+        kind, text, took = peer.unwrap()
+        assert PeerLostError.__name__ == kind
+        assert "rank 1 of 3 lost" in text.splitlines()[0]
+        assert "not left within 1.0 s; its process was ended" in text
+        assert took < 1.0 + SURVEY_S + 5
+    report = stuck.stderr.split("kill_after=1.0 s", 1)[1]
+    at_barrier, here_, at_work = (report.index(words) for words in ("rank 0: ", "rank 1 (this one): ", "rank 2: "))
+    assert at_barrier < here_ < at_work
+    assert "at the barrier of scope 'uneven'" in report[at_barrier:here_]
+    assert "in the body of scope 'uneven'" in report[here_:at_work]
+    assert "in _work_until_it_is_gone" in report[at_work:]
 
 
 def _hold_the_interpreter() -> None:
@@ -59,6 +103,7 @@ def _hold_the_interpreter() -> None:
 
 def _get_stuck_in_one_way_of_three(rank: int, _world_size: int) -> None:
     logging.basicConfig()
+    _kill.HELD_S = _SHORTLY_HELD_S
     if rank == 0:  # the inner scope ends it
         with collective_scope(name="outer", kill_after=_STUCK_S), collective_scope(name="inner", kill_after=0.2):
             time.sleep(_STUCK_S)
@@ -94,7 +139,7 @@ def test_kill_after_ends_a_process_whose_interpreter_is_held(alone: tuple[RankRe
     """Native code that keeps the interpreter's lock is ended too, with the same exit code and its stack."""
     assert EXIT_CODE == alone[2].exit
     assert "in _hold_the_interpreter" in alone[2].stderr
-    assert alone[2].elapsed_s < 0.5 + HELD_S + 30  # the start of the process included
+    assert alone[2].elapsed_s < 0.5 + _SHORTLY_HELD_S + 30  # the start of the process included
 
 
 # In this process, which must survive it

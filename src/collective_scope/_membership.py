@@ -96,10 +96,11 @@ def make(owner: object, store: Any, rank: int, world_size: int, ranks: list[int]
     ranks = ranks or list(range(world_size))
     connect = functools.partial(_clone, weakref.ref(store))
     control = _control(store, connect)
-    part = Part(connect, rank, world_size, control.heard, attrs.evolve(me(), serves=control.serves))
+    process, server = attrs.evolve(me(), serves=control.serves), _server(store, ranks, rank)
+    part = Part(connect, rank, world_size, control.heard, process, server)
     control.groups[id(part)] = part
     global_ranks = () if ranks == list(range(world_size)) else tuple(ranks)
-    barrier = Barrier(part, control, _server(store, ranks, rank), global_ranks)
+    barrier = Barrier(part, control, global_ranks)
     return Membership(barrier, store)
 
 
@@ -147,7 +148,7 @@ def end(membership: Membership, owner: int = 0) -> None:
 
 def _release(control: Control, user: int) -> None:
     """End a control thread that no group needs any more."""
-    control.groups.pop(user, None)
+    control.drop(user)
     if not control.groups and control.pid == os.getpid():
         for key in [key for key, each in list(_controls.items()) if each is control]:
             _controls.pop(key, None)

@@ -839,7 +839,7 @@ def test_barrier_after_any_rounds_the_store_has_not_grown(
             ranks[number].arrive(f"{i} last")
 
     values(run_threads(2, run, timeout=60.0))
-    keys = {"life", "collective_scope/news", "collective_scope/controls", f"collective_scope/beat/{me().key}"}
+    keys = {"life of 2", "collective_scope/news", "collective_scope/controls", f"collective_scope/beat/{me().key}"}
     keys |= {ranks[0].part.key(f"rank/{rank}") for rank in range(2)}
     keys |= {ranks[0].part.key(f"{rounds + i} last/exit/{each}") for i in range(3) for each in "nv"}
 

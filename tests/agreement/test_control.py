@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from collective_scope.agreement import control, process, watch
+from collective_scope.agreement.control import ENDED
 from collective_scope.agreement.part import NEWS
 from collective_scope.agreement.process import Process, me
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
@@ -498,7 +499,8 @@ def test_rank_without_more_threads_waits_no_longer_for_a_peer_that_failed(
 
 
 def _controls(store: dist.Store) -> int:
-    return store.add("collective_scope/controls", 0)
+    ended, begun = divmod(store.add("collective_scope/controls", 0), ENDED)
+    return begun - ended
 
 
 def _joined(ranks: list[Rank], store: dist.Store) -> None:
@@ -521,6 +523,7 @@ def test_host_of_the_store_leaves_last(rank_on: RankOn) -> None:
     def close() -> None:
         assert wait_until(lambda: is_waiting(store, 1))
         host.control.close()
+        assert wait_until(lambda: _has_ended(host))
         order.append("host")
 
     verdicts: list[Verdict] = []
@@ -547,6 +550,7 @@ def test_host_of_the_store_waits_for_its_peers_a_short_time_only(
     start = time.monotonic()
     host.control.close()
 
+    assert wait_until(lambda: _has_ended(host))
     assert 0.4 <= time.monotonic() - start < SOON_S
 
 
@@ -567,6 +571,7 @@ def test_host_of_the_store_does_not_wait_for_a_process_that_was_killed(rank_on: 
     start = time.monotonic()
     host.control.close()
 
+    assert wait_until(lambda: _has_ended(host))
     assert time.monotonic() - start < control.CLOSING_S / 2
 
 
@@ -585,6 +590,7 @@ def test_host_of_the_store_waits_for_a_peer_although_another_has_left_and_ended(
     start = time.monotonic()
     host.control.close()
 
+    assert wait_until(lambda: _has_ended(host))
     assert 0.4 <= time.monotonic() - start < SOON_S
 
 
@@ -594,7 +600,7 @@ def test_ranks_agree_although_the_host_of_the_store_was_about_to_leave(rank_on: 
     host, *peers = ranks = [rank_on(store, rank, 3, serves=rank == 0) for rank in range(3)]
     _joined(ranks, store)
     host.control.close()
-    assert all(_has_ended(rank) for rank in ranks)
+    assert wait_until(lambda: all(_has_ended(rank) for rank in ranks))
     verdict = peers[0].arrive(timeout=0.3)
 
     assert ((0, 2), "") == (verdict.missing, verdict.reason)

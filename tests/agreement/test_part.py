@@ -309,7 +309,7 @@ def test_group_joined_by_all_ranks_at_once_has_one_life(rank_on: RankOn) -> None
         _leave(*old[:2])
 
         def meet(method: str, key: str, together: threading.Barrier = together) -> None:
-            if key == "life" and method == "compare_set":
+            if key == "life of 4" and method == "compare_set":
                 try:
                     together.wait(0.05)
                 except threading.BrokenBarrierError:
@@ -326,7 +326,7 @@ def test_rank_that_leaves_is_done_with_it_when_it_goes_on(rank_on: RankOn) -> No
     left = threading.Event()
 
     def hook(_: str, key: str) -> None:
-        if key == "life" and left.is_set():
+        if key == "life of 2" and left.is_set():
             time.sleep(0.1)  # the slow store itself
 
     store = dist.HashStore()
@@ -335,7 +335,7 @@ def test_rank_that_leaves_is_done_with_it_when_it_goes_on(rank_on: RankOn) -> No
     left.set()
     _leave(rank)
 
-    assert f"{rank.part.life} 1 0".encode() == store.get("life")
+    assert f"{rank.part.life} 1 0".encode() == store.get("life of 2")
     record = Record.decode(store.get(rank.part.key("rank/0")))
     assert record is not None
     assert LAST_WORD == record.last_word

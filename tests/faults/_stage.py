@@ -2,8 +2,9 @@
 Where faults are played: side by side, for most of the time of a fault is waiting.
 
 A stage has a few lanes, each a thread with a pool of rank processes of its own.
-Faults under torchrun, and those on two hosts, are played in one go for each world
-size, by the workers of one torchrun a host, which takes a lane for as long.
+Faults under torchrun, and those on two hosts, are played one after the other by the
+workers of one torchrun a host, which takes a lane for as long; those on hosts are slow,
+so there are several pairs of hosts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import pickle
 import tempfile
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.ranks import RankPool, run_script, run_torchrun, values
 
 __all__ = ["Play", "Played", "Stage", "delay"]
 
+_MOST_RANKS = 4
 _SLACK_S = 60.0  # For what is no part of a fault, on a busy machine.
 
 _MODULE = ("-m", "tests.faults._under_torchrun")
@@ -51,7 +53,7 @@ class Played:
     Attributes:
         performances: One for each rank.
 
-        output: What the ranks wrote.
+        output: What the processes wrote that play them.
     """
 
     performances: list[Performance]
@@ -106,22 +108,24 @@ class Stage:
         self._futures += futures
         batches: dict[tuple[str, int], _Batch] = defaultdict(list)
         jobs: list[_Job] = []
+        counts: Counter[str] = Counter()
         for play, future in zip(plays, futures, strict=True):
             if play.fault.store in _LAUNCHERS:
-                batches[play.fault.store, play.world_size].append((play, future))
+                number = counts[play.fault.store] % _LAUNCHES[play.fault.store]
+                counts[play.fault.store] += 1
+                batches[play.fault.store, number].append((play, future))
             else:
                 jobs.append(lambda pool, play=play, future=future: _play(pool, play, future))  # type: ignore[misc]
-        for (store, world_size), batch in batches.items():
+        for (store, _), batch in batches.items():
             launch = _LAUNCHERS[store]
-            jobs.insert(0, lambda _, launch=launch, n=world_size, batch=batch: _play_all(launch, n, batch))  # type: ignore[misc]
+            jobs.insert(0, lambda _, launch=launch, batch=batch: _play_all(launch, batch))  # type: ignore[misc]
         for job in jobs:
             self._jobs.put(job)
         return futures
 
     def _work(self) -> None:
-        # The pool's processes end with the thread that started them.
         try:
-            with RankPool(4, init=False, quiet=True) as pool:
+            with RankPool(_MOST_RANKS, init=False, quiet=True) as pool:
                 while (job := self._jobs.get()) is not None:
                     job(pool)
         except BaseException as error:  # noqa: BLE001 - raised where the stage is left
@@ -139,22 +143,22 @@ def _play(pool: RankPool, play: Play, future: Future[Played]) -> None:
         future.set_exception(error)
 
 
-def _play_all(launch: Callable[[int, Path, float], str], world_size: int, batch: _Batch) -> None:
+def _play_all(launch: Callable[[int, Path, float], str], batch: _Batch) -> None:
     """Play a whole batch with what *launch* starts."""
     batch = [(play, future) for play, future in batch if future.set_running_or_notify_cancel()]
     if not batch:
         return
     with tempfile.TemporaryDirectory(prefix="torchrun-") as name:
         directory = Path(name)
-        (directory / "plan").write_bytes(pickle.dumps([(play.fault, play.mechanism) for play, _ in batch]))
+        (directory / "plan").write_bytes(pickle.dumps([attrs.astuple(play, recurse=False) for play, _ in batch]))
         error: BaseException | None = None
         output = ""
         try:
-            output = launch(world_size, directory, _SLACK_S + sum(play.fault.bound_s + 5.0 for play, _ in batch))
+            output = launch(_MOST_RANKS, directory, _SLACK_S + sum(play.fault.bound_s + 5.0 for play, _ in batch))
         except BaseException as raised:  # noqa: BLE001 - raised in the tests that have no result
             error = raised
-        for number, (_, future) in enumerate(batch):
-            paths = [directory / str(number) / f"performance-{rank}" for rank in range(world_size)]
+        for number, (play, future) in enumerate(batch):
+            paths = [directory / str(number) / f"performance-{rank}" for rank in range(play.world_size)]
             if error is not None and not all(path.exists() for path in paths):
                 future.set_exception(error)
             else:
@@ -199,6 +203,7 @@ def _launch_on_two_hosts(world_size: int, directory: Path, timeout: float) -> st
 
 
 _LAUNCHERS = {"torchrun": _launch_torchrun, "hosts": _launch_on_two_hosts}
+_LAUNCHES = {"torchrun": 1, "hosts": 2}
 
 
 def delay(performances: list[Performance], ending: Ending) -> float:

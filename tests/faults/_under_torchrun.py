@@ -21,10 +21,10 @@ from tests.hosts import set_cable
 
 def main(directory: Path) -> None:
     """Play all faults of the plan."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     # Started from a background job, the process inherits "ignore".
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, (fault, mechanism) in enumerate(pickle.loads((directory / "plan").read_bytes())):
+    for number, (fault, world_size, mechanism) in enumerate(pickle.loads((directory / "plan").read_bytes())):
         folder = directory / str(number)
         folder.mkdir(exist_ok=True)
         context = RankContext(
@@ -44,7 +44,7 @@ def main(directory: Path) -> None:
             performance = perform(rank, 0, fault, world_size, mechanism)
         finally:
             if fault.store == "hosts":
-                set_cable("up")  # Whatever became of who should have put it back.
+                set_cable("up")  # Whatever became of the rank that should have put it back.
         (folder / f"performance-{rank}").write_bytes(pickle.dumps(performance))
 
 

@@ -17,11 +17,12 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
 from tests.faults._faults import FAULTS
-from tests.faults._play import Ending, Fault, Mechanism, Performance
+from tests.faults._play import GRACE_S, LONG_S, Ending, Fault, Mechanism, Performance
 from tests.faults._stage import Play, Played, Stage, delay
 
 
@@ -44,10 +45,13 @@ Written by `python -m tests.faults.table`, which plays every fault with real pro
 and {runs} times with `dist.monitored_barrier()` there. All three have the same `timeout=`, 2 s for most.
 
 * **What each rank saw** is the exception that left the scope, with the ranks that it names, or how the process ended.
-  `hangs`: still there two seconds after the last deadline, and killed by the harness.
+  `hangs`: still there {grace:.0f} seconds after the last deadline, and killed by the harness.
 * **s** is the time to detection: seconds from the fault, or from the rank's own arrival if that was later, until the
   last of the ranks on which nothing went wrong knew; the median of the runs.
 * A dash: the fault has no such equivalent, or there is nothing to detect.
+
+An interrupt at each line of the library in turn has a test of its own, [`test_interrupts.py`](../test_interrupts.py), and
+far more cleanups, characters and scopes than anybody needs are in [`test_limits.py`](test_limits.py).
 
 That the ranks name the right peers, run each cleanup once, end in time and can or cannot go on is asserted by
 [`test_faults.py`](test_faults.py), with other numbers of ranks too.
@@ -73,15 +77,23 @@ def main() -> int:
     by_name = {fault.name: fault for fault in faults}
     cells: dict[tuple[str, Mechanism], list[tuple[str, float | None]]] = {}
     with Stage(args.lanes) as stage:
-        futures = stage.put(Play(by_name[name], min(by_name[name].world_sizes), how) for name, how in keys)
+        futures = stage.put(
+            Play(_with_times_of_table(by_name[name]), min(by_name[name].world_sizes), how) for name, how in keys
+        )
         for number, (key, future) in enumerate(zip(keys, futures, strict=True)):
             cells.setdefault(key, []).append(_cell(by_name[key[0]], future))
             print(f"{number + 1} of {len(keys)}: {key[0]}, {key[1]}: {cells[key][-1]}", flush=True)
     rows = _rows_so_far() | {fault.name: _row(fault, cells) for fault in faults}
-    lines = [*HEAD.format(machine=f"torch {torch.__version__}", runs=args.runs).splitlines(), *TITLES]
+    lines = [*HEAD.format(machine=f"torch {torch.__version__}", runs=args.runs, grace=GRACE_S).splitlines(), *TITLES]
     lines += [rows[fault.name] for fault in FAULTS]
     TARGET.write_text("\n".join(lines) + "\n")
     return 0
+
+
+def _with_times_of_table(fault: Fault) -> Fault:
+    """Return *fault* with limits that a bare barrier, which runs into them, is compared with."""
+    times = {"timeout": 2.0, "failure_timeout": 1.5, "next_timeout": 1.0}
+    return attrs.evolve(fault, **{name: s for name, s in times.items() if getattr(fault, name) == LONG_S})
 
 
 def _cell(fault: Fault, future: Future[Played]) -> tuple[str, float | None]:
@@ -116,7 +128,7 @@ def _seen(performance: Performance) -> str:
 
 def _told(ending: Ending) -> str:
     if not ending.error:
-        return "leaves in peace"
+        return "leaves quietly"
     verdict = ending.verdict
     if verdict is None:
         return ending.error

@@ -36,11 +36,16 @@ def test_fault_is_survived_in_time_and_told_alike(
 ) -> None:
     """Every rank ends in time, survivors raise what is stated, each cleanup ran once, and the next scope works or refuses."""
     result = played(request.node)
-    print(result.output)
+    print(
+        result.output,
+        *(f"--- log of rank {rank}\n{each.log}" for rank, each in enumerate(result.performances)),
+        sep="\n",
+    )
     assert world_size == len(result.performances)
 
     defects = defects_of(fault, result.performances)
-    assert not defects, "\n".join(defects)
+    if defects:
+        pytest.fail("\n".join(defects), pytrace=False)
 
 
 def test_table_has_a_row_for_each_fault() -> None:
@@ -84,20 +89,28 @@ def _defects_of_rank(fault: Fault, rank: int, performances: list[Performance]) -
     for number, (ending, cleanups) in enumerate(zip(endings, it.part.cleanups if it.part else (), strict=False)):
         if cleanups != ((2, 1, 0) if ending.entered else ()):
             yield f"in scope {number} ran the cleanups {cleanups}"
+    wanted = {
+        words: owner == rank for owner, texts in fault.logs.items() for words in texts if owner < len(performances)
+    }
+    wanted |= dict.fromkeys(fault.logs.get(rank, ()), True)
+    for words, is_to_be in wanted.items():
+        if (words in it.log) != is_to_be:
+            yield f"has logged{' not' if is_to_be else ''} {words!r}"
 
 
 def _defects(expect: Expect, ending: Ending, performances: list[Performance]) -> list[str]:
-    is_peace = expect.or_peace and not ending.error
-    if ending.error != expect.error and not is_peace:
+    if ending.error != expect.error and expect.otherwise is not None:
+        expect = expect.otherwise
+    if ending.error != expect.error:
         return [f"raised {ending.error or 'nothing'} instead of {expect.error or 'nothing'}:\n{ending.traceback}"]
     defects = []
     verdict = ending.verdict
-    if expect.ranks is not None and verdict is not None and not is_peace:
+    if expect.ranks is not None and verdict is not None:
         named = {"PeerLostError": verdict.lost, "BarrierTimeoutError": verdict.missing}
         ranks = named.get(ending.error, tuple(sorted(verdict.failures)))
         if ranks != expect.ranks:
             defects.append(f"named {ranks} instead of {expect.ranks}")
-    missed = [words for words in expect.says if words not in ending.text and not is_peace]
+    missed = [words for words in expect.says if words not in ending.text]
     if missed:
         defects.append(f"does not say {missed}:\n{ending.text}")
     took = delay(performances, ending)

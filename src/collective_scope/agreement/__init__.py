@@ -9,7 +9,8 @@ Read in this order, each module importing only from those before it:
 * ``wire``: how a verdict travels
 * ``store_thread``: store calls that can be bounded and left behind
 * ``life``: how a rank joins its group, and leaves it
-* ``wait``, ``part``: one rank's part in the rounds of its group: arrive, tell, decide
+* ``wait``, ``peers``: one wait; what a rank knows of its peers, and tells them
+* ``part``: one rank's part in the rounds of its group: arrive, decide
 * ``stacks``, ``locate``: where the ranks are
 * ``losses``: which of them are gone
 * ``revocation``: free a rank that is stuck because a peer failed
@@ -20,13 +21,13 @@ Read in this order, each module importing only from those before it:
 Nothing here imports from the package around it, and nothing here speaks to people: facts are
 returned, or handed to a function that the scope gave.
 
-Keys, below ``collective_scope/`` at the root of the store, except for ``life``, which is in the
+Keys, below ``collective_scope/`` at the root of the store, except for ``life of {n}``, which is in the
 group's own part of it:
 
 =================  ===========================================  ==========================================
 key                who writes it, and when                      when it goes
 =================  ===========================================  ==========================================
-life               the first rank that joins: a random word     with the last rank that leaves the group
+life of {n}        the first rank that joins: a random word     with the last rank that leaves the group
                    that begins all keys of the group; a rank
                    that leaves counts itself behind it
 {life}/rank/{r}    rank *r*: the latest `Record`                with the last rank that leaves the group
@@ -38,6 +39,7 @@ news               a rank adds 1 for each item                  never: one key a
 news/{k}           the item: which rank failed, is gone, or     half a minute later, by its writer
                    is asked where it is
 beat/{process}     the process's control thread, each second    when that thread ends
-controls           how many control threads there are           never: one key a store
+controls           how many control threads have begun, and     never: one key a store
+                   how many of them have ended
 =================  ===========================================  ==========================================
 """

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import attrs
 
-from .control import Control
+from .control import THAW_S, Control
 from .part import Part
 from .records import Outcome, Record, Verdict
 from .rounds import all_ok, judge
@@ -35,7 +35,6 @@ class Barrier:
     Args:
         part: The rank's part in them.
         control: What looks, answers and warns for this process.
-        server: The rank that serves the store, if one of the group's does, as far as this one can guess.
         global_ranks: What the ranks are called in the default group, if not the same.
 
     Attributes:
@@ -47,7 +46,6 @@ class Barrier:
 
     part: Part
     control: Control
-    server: int | None = None
     global_ranks: tuple[int, ...] = ()
     in_step: bool = attrs.field(default=True, init=False)
     entered: int = attrs.field(default=0, init=False)
@@ -99,6 +97,7 @@ class Barrier:
         broken = self.control.broken
         if broken is not None and not isinstance(broken, RuntimeError):
             raise broken
+        self._thaw(time.monotonic())
         now = time.monotonic()
         timeout = timeout if record.outcome.ok else min(timeout, failure_timeout)
         is_refused = self._refused is not None and self._missed is not None and record.stage == "entry"
@@ -125,9 +124,20 @@ class Barrier:
             thread.stop()
             next_reply(done, time.monotonic() + LEAVE_S)
 
+    def _thaw(self, now: float) -> None:
+        """
+        If the store, or this process, has just stood still, give ranks that gave up meanwhile the time to say so.
+
+        Otherwise a rank that arrives last would count them, too, and leave quietly where they have raised.
+        """
+        calm_at = now + THAW_S if now > self.control.heard_at + GRACE_S else self.control.calm_at
+        if now < calm_at and self.part.life:
+            time.sleep(calm_at - now)
+
     def _get_thread(self) -> StoreThread:
         if self._thread is None:
             self._thread = StoreThread(self.part.connect)
+            self.part.owner = self._thread.ident
         return self._thread
 
     def _submit(self, job: Job) -> None:
@@ -190,8 +200,12 @@ class Barrier:
 
     def _alone(self, record: Record, waited: float, error: Exception | None, silence: float = 0.0) -> Verdict:
         """Return what this rank alone can say: without a store there is no agreement."""
-        server = next((r for r, each in self.part.records.items() if each.process.serves), self.server)
-        lost = (server,) if error is not None and server is not None and server != self.rank else ()
+        processes = {rank: each.process for rank, each in self.part.records.items()}
+        known = next((rank for rank, each in processes.items() if each.serves), None)
+        server = self.part.server if known is None else known
+        # A guess may be wrong: a rank that is seen to live has not taken the store along.
+        lives = known is None and server in processes and processes[server].is_here and not processes[server].has_ended
+        lost = (server,) if error is not None and server not in (None, self.rank) and not lives else ()
         facts = judge({self.rank: record}, record, self.world_size, lost=lost, timeout=waited)
         host = "outside of the group" if server is None else f"by rank {server}"
         what = (

@@ -16,7 +16,8 @@ groups              the ranks' threads, one entry a group    the control thread
 _surveys            the threads that end a process: scopes   the control thread removes them
                     of which all must be located
 left                the ranks' threads                       the control thread
-heard_at, broken    the control thread                       the ranks' threads
+heard_at, calm_at,  the control thread                       the ranks' threads
+broken
 ==================  =======================================  ==============================
 """
 
@@ -40,6 +41,7 @@ from .part import NEWS, Part
 from .process import NOBODY, Place, Process, me
 from .stacks import where_is
 from .store_thread import ABSENT, Failed, peek, start_thread, unbounded
+from .wait import GRACE_S
 from .watch import Span
 
 
@@ -58,7 +60,16 @@ LATE_S = 2.0
 """How long an item may be announced and not there."""
 
 CLOSING_S = 5.0
-"""How long the process that serves the store waits for the control threads of others to stop."""
+"""How long the control thread of the process that serves the store waits for those of others to stop."""
+
+CLOSE_S = 0.5
+"""How long a rank that destroys its last group waits for its control thread."""
+
+BEGUN, ENDED = 1, 2**32
+"""What a control thread adds to the count of them when it begins, and when it ends."""
+
+THAW_S = 0.3
+"""How long a rank needs to say that it gave up, once the store answers again."""
 
 SURVEY_S = 2.0
 """How long a process that is about to end waits to learn where all ranks are."""
@@ -86,6 +97,8 @@ class Control:
         """Name of the scope that was left last."""
         self.heard_at = time.monotonic()
         """When the store was last heard of."""
+        self.calm_at = 0.0
+        """When all have had the time to say what they decided while the store stood still."""
         self.broken: BaseException | None = None
         """Why there is no control thread any more."""
         self.pid = os.getpid()
@@ -117,11 +130,16 @@ class Control:
         self._wake.set()
 
     def close(self) -> None:
-        """End the control thread, and wait for it: the store may go as soon as this returns."""
+        """End the control thread, which keeps the store until it ends. If that takes long, it goes on by itself."""
         self.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(CLOSING_S + 1.0)
-        self._kept = None
+            self._thread.join(CLOSE_S)
+
+    def drop(self, group: int) -> None:
+        """Forget a group that is destroyed; its news goes with that of the process."""
+        part = self.groups.pop(group, None)
+        if part is not None:
+            self._items.extend(part.items)
 
     def survey(self, span: Span, timeout: float = SURVEY_S) -> dict[int, Place]:
         """Return where all ranks of *span*'s group are, as far as that can be said in time."""
@@ -135,7 +153,10 @@ class Control:
 
     def heard(self) -> None:
         """Note that the store has answered."""
-        self.heard_at = time.monotonic()
+        now = time.monotonic()
+        if now > self.heard_at + GRACE_S:  # it, or this process, has stood still
+            self.calm_at = now + THAW_S
+        self.heard_at = now
 
     def tell(self, store: Store, item: str) -> int:
         """Write an item of the news; return its number."""
@@ -149,7 +170,7 @@ class Control:
     def _run(self) -> None:
         try:
             store = unbounded(self._connect())
-            store.add(f"{ROOT}/controls", 1)
+            store.add(f"{ROOT}/controls", BEGUN)
             while not self._stop.is_set() and not (self._is_closing and self._is_idle()):
                 self._wake.clear()
                 self._look(store)
@@ -163,6 +184,8 @@ class Control:
                 if span.wait is not None:
                     span.wait.replies.put(Failed(error))
             raise
+        finally:
+            self._kept = None
 
     def _is_idle(self) -> bool:
         return all(span.wait is None or span.wait.over for span in list(self.spans.values()))
@@ -256,12 +279,14 @@ class Control:
         self._note_processes()
         self._remove_news(store, math.inf)
         store.delete_key(f"{ROOT}/beat/{me().key}")
-        left = store.add(f"{ROOT}/controls", -1)
-        if self.serves and left > 0:
+        ended, begun = divmod(store.add(f"{ROOT}/controls", ENDED), ENDED)
+        if self.serves and ended < begun:
             self.tell(store, "closing *")
             deadline = time.monotonic() + CLOSING_S
-            while store.add(f"{ROOT}/controls", 0) > self._ended(store) and time.monotonic() < deadline:
+            # Those that begin from now on serve groups of later.
+            while ended + self._ended(store) < begun and time.monotonic() < deadline:
                 time.sleep(WAITING_S / 5)
+                ended = store.add(f"{ROOT}/controls", 0) // ENDED
         self.broken = self.broken or RuntimeError("the process that serves the group's store has left")
 
     def _note_processes(self) -> None:

@@ -7,6 +7,7 @@ keys of its own, so that what an earlier one has left behind says nothing to a l
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -19,22 +20,34 @@ if TYPE_CHECKING:
 ROOT = "collective_scope"
 
 
-def join(view: Store, store: Store, rank: int) -> str:
+DELETE_S = 1.0
+"""How long a rank that joins waits for the last one of the life before to delete its key."""
+
+
+def join(view: Store, store: Store, rank: int, world_size: int) -> str:
     """
     Return the life of a group that *rank* joins.
+
+    Ranks that believe in different world sizes are not in one life: they would not agree when all have come.
 
     Args:
         view: The group's own part of the store.
         store: The root of the store.
         rank: Which rank, counted from 0 within the group.
+        world_size: Number of ranks of the group.
     """
-    fresh, seat = uuid4().hex.encode(), f"seat {uuid4().hex}".encode()
-    life = set_first(view, "life", fresh)
+    key, fresh, seat = _key(world_size), uuid4().hex.encode(), f"seat {uuid4().hex}".encode()
+    deadline = time.monotonic() + DELETE_S
+    life = set_first(view, key, fresh)
     # It is over if a rank has left it, or if this rank, in an earlier life, is there already.
     while b" " in life or set_first(store, f"{ROOT}/{life.decode()}/rank/{rank}", seat) != seat:
-        there = compare_set(view, "life", life, fresh)
+        if life.split(b" ")[1:2] == [str(world_size).encode()] and time.monotonic() < deadline:
+            time.sleep(DELETE_S / 1000)  # all have left, and the last one deletes the key: not one of a new life
+            life = set_first(view, key, fresh)
+            continue
+        there = compare_set(view, key, life, fresh)
         # Of a key that is gone, compare_set says that it is as expected.
-        life = set_first(view, "life", fresh) if there == life else there
+        life = set_first(view, key, fresh) if there == life else there
     return life.decode()
 
 
@@ -44,7 +57,7 @@ def leave(view: Store, life: str, rank: int, world_size: int) -> bool:
     left, before = 0, life.encode()
     while True:
         after = f"{life} {left + 1} {rank}".encode()
-        there = compare_set(view, "life", before, after)
+        there = compare_set(view, _key(world_size), before, after)
         if there in (before, after):
             break
         before = there
@@ -53,5 +66,9 @@ def leave(view: Store, life: str, rank: int, world_size: int) -> bool:
             return True
         left = int(rest[0]) if rest else 0
     if left + 1 == world_size:
-        view.delete_key("life")
+        view.delete_key(_key(world_size))
     return left + 1 == world_size
+
+
+def _key(world_size: int) -> str:
+    return f"life of {world_size}"

@@ -51,10 +51,10 @@ class Losses:
         for rank, record in list(self.part.records.items()):
             process = record.process
             if rank in known:
-                if not process.is_here and self._has_beaten(store, now, rank, process):
-                    known.discard(rank)  # it was cut off, and is back
+                if not process.has_ended if process.is_here else self._has_beaten(store, now, rank, process):
+                    known.discard(rank)  # it was cut off, or the rank that told of it, and is back
                 continue
-            if rank == self.part.rank or process in (NOBODY, me()) or record.last_word:
+            if rank == self.part.rank or process in (NOBODY, me()) or (record.last_word and not process.is_here):
                 continue
             if process.is_here:
                 is_gone = process.has_ended

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import attrs
 from torch.distributed import Store
 
 from .life import ROOT, join, leave
-from .process import Place, Process, me
+from .peers import Peers
+from .process import Place
 from .records import Record, Verdict
 from .rounds import (
     ARRIVED,
     REPORT,
     all_ok,
-    ends_early,
     has_all,
     is_revoked,
     is_uneventful,
@@ -35,7 +34,7 @@ from .rounds import (
     scopes_around,
     still_refused,
 )
-from .store_thread import compare_set, get, peek, remove, set_first, unbounded
+from .store_thread import get, peek, remove, set_first, unbounded
 from .wait import Wait
 from .wire import ALL_OK, decode_verdict, encode_verdict
 
@@ -50,40 +49,12 @@ POLL_S = 0.05
 
 
 @attrs.define(eq=False)
-class Part:
-    """
-    One rank's part in the rounds of its group.
+class Part(Peers):
+    """One rank's part in the rounds of its group."""
 
-    Args:
-        clone: Returns a client of the group's store for use on one thread.
-        rank: This rank, counted from 0 within the group.
-        world_size: Number of ranks of the group.
-        heard: Called whenever the store has answered the control thread.
-        process: The process of this rank.
-    """
-
-    clone: Callable[[], Store]
-    rank: int
-    world_size: int
-    heard: Callable[[], object]
-    process: Process = attrs.field(factory=me)
-    life: str = attrs.field(default="", init=False)
-    told: bytes = attrs.field(default=b"", init=False)
-    records: dict[int, Record] = attrs.field(factory=dict, init=False)
-    lost: set[int] = attrs.field(factory=set, init=False)
-    beats: dict[int, tuple[bytes, float, float]] = attrs.field(factory=dict, init=False)
-    """For ranks elsewhere: the latest heartbeat, how long it has been the latest, and when it was looked at."""
-    revoked: set[str] = attrs.field(factory=set, init=False)
-    """Paths of scopes in which the group was revoked."""
-    asked: tuple[int, float, str] = attrs.field(default=(0, 0.0, ""), init=False)
-    """The latest question where ranks are: its number, when it was heard, and the round whose ranks need not answer."""
-    items: deque[tuple[int, float]] = attrs.field(factory=deque, init=False)
     _view: Store | None = attrs.field(default=None, init=False)
     """The group's own part of the store."""
     _joining: threading.Lock = attrs.field(factory=threading.Lock, init=False)
-    _telling: threading.Lock = attrs.field(factory=threading.Lock, init=False)
-    _owner: int = attrs.field(default=0, init=False)
-    """The store thread that connected last. One from before was left behind: what it comes back with is of the past."""
     _published: tuple[str, int] = attrs.field(default=("", 0), init=False)
     """The scope whose failure was published last, and its number among all that were."""
     _reported: str = attrs.field(default="", init=False)
@@ -95,28 +66,25 @@ class Part:
     _odd: list[str] = attrs.field(factory=list, init=False)
     """Keys of rounds that were not complete; each rank removes them after the next one that is."""
 
-    def key(self, name: str) -> str:
-        """Return a key of this group."""
-        return f"{ROOT}/{self.life}/{name}"
-
     # What the store thread calls.
 
     def connect(self) -> Store:
         """Connect to the store, and join the group unless that has been done; return the root of the store."""
         view = self.clone()
         store = unbounded(view)
-        self._view, self._owner = view, threading.get_ident()
+        if not self.is_left_behind():
+            self._view = view
         with self._joining:  # a thread that was left behind may be at it
-            self.life = self.life or join(view, store, self.rank)
+            self.life = self.life or join(view, store, self.rank, self.world_size)
             if not self.told:
-                self._tell(Record(), store)
+                self.tell(Record(), store)
         return store
 
     def leave(self, last_word: str, store: Store) -> None:
         """Leave the group; the last rank that does takes its keys along."""
         view = cast("Store", self._view)  # this thread has connected
         if last_word:
-            self._tell(Record(last_word=last_word), store)
+            self.tell(Record(last_word=last_word), store)
         if leave(view, self.life, self.rank, self.world_size):
             ranks = (self.key(f"rank/{rank}") for rank in range(self.world_size))
             remove([*self._odd, *self._stale, *self._read, *ranks], store)
@@ -125,7 +93,7 @@ class Part:
         """Tell all ranks that this one failed."""
         number = store.add(NEWS, 1)
         self._published = (record.scope, number)
-        self._tell(self._ordered(record), store)
+        self.tell(self._ordered(record), store)
         if self._reported != record.round:
             self._reported = record.round
             store.add(self.key(f"{record.round}/n"), REPORT)
@@ -140,7 +108,7 @@ class Part:
         key = self.key(record.round)
         count = store.add(f"{key}/n", ARRIVED + (self._report(record, store) if record.has_something_to_tell else 0))
         wait.counted = True
-        if self._is_left_behind():
+        if self.is_left_behind():
             return
         if count % REPORT == ARRIVED:
             remove(self._stale, store)  # the first to arrive has time
@@ -155,12 +123,15 @@ class Part:
             text = get(store, f"{key}/v") if has_thread else self._poll(wait, store)
             if text != ALL_OK:
                 verdict = decode_verdict(text, record, self.world_size)
-        if self._is_left_behind():
+        if self.is_left_behind():
             return
         if self.rank in verdict.missing and not wait.reason:
-            self._tell(record, store)  # it is back
+            self.tell(record, store)  # it is back
         wait.replies.put(verdict)
-        keys = [f"{key}/n", f"{key}/v"]
+        self._tidy_up([f"{key}/n", f"{key}/v"], verdict, store)
+
+    def _tidy_up(self, keys: list[str], verdict: Verdict, store: Store) -> None:
+        """Remove, or note to be removed later, the keys of a round that is over."""
         if not verdict.complete:
             # A thread that was left behind may come to wait for a verdict that has a reason.
             self._odd += keys[: 1 if verdict.reason else 2]
@@ -169,10 +140,12 @@ class Part:
         self._stale, self._read = self._read, keys
         remove(self._odd, store)
         self._odd = []
+        if self.server is not None and self.server not in self.records:
+            self.read(store, [self.server])  # what can be said when there is no store any more
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
         """Whether a rank that the *earlier* entry lacked has come at least to the first round that was *missed*."""
-        records = [Record.decode(peek(store, self.key(f"rank/{rank}"))) for rank in earlier.missing]
+        records = [Record.decode(peek(store, self.key(f"rank/{rank}"))) for rank in (*earlier.missing, *earlier.lost)]
         return any(r is not None and r.arrived and relation(r, missed) in ("here", "elsewhere") for r in records)
 
     def _poll(self, wait: Wait, store: Store) -> bytes:
@@ -191,7 +164,7 @@ class Part:
         if not record.outcome.ok and self._published[0] != record.scope:
             self.publish(record, store)
         else:
-            self._tell(self._ordered(record), store)
+            self.tell(self._ordered(record), store)
         report = REPORT if self._reported != record.round else 0
         self._reported = record.round
         return report
@@ -203,63 +176,11 @@ class Part:
             return record
         return attrs.evolve(record, outcome=attrs.evolve(record.outcome, order=number))
 
-    def _tell(self, record: Record, store: Store) -> None:
-        """Write the record of this rank."""
-        with self._telling:
-            if self._is_left_behind():
-                return
-            record = attrs.evolve(record, process=self.process)
-            latest = Record.decode(self.told)
-            if latest is not None and latest.answered > record.answered:  # a question may be open still
-                record = attrs.evolve(record, place=latest.place, answered=latest.answered)
-            self.told = record.encode()
-            store.set(self.key(f"rank/{self.rank}"), self.told)  # type: ignore[arg-type]  # torch's stub has no bytes
-
-    def _is_left_behind(self) -> bool:
-        return self._owner != threading.get_ident()
-
     # What the control thread calls, and what it shares with the store thread.
-
-    def read(self, store: Store, ranks: Iterable[int]) -> None:
-        """Refresh what is known of *ranks*."""
-        for rank in ranks:
-            record = Record.decode(peek(store, self.key(f"rank/{rank}")))
-            self.heard()
-            if record is not None:
-                self.records[rank] = record
-
-    def hasten(self, wait: Wait, now: float) -> bool:
-        """Bound the *wait* by its failure timeout if a peer has failed there; return whether it ends at once."""
-        peers = [record for rank, record in list(self.records.items()) if rank != self.rank]
-        if any(not record.outcome.ok and relation(record, wait.record) == "here" for record in peers):
-            wait.deadline = min(wait.deadline, max(now, wait.start) + wait.failure_timeout)
-        return any(ends_early(record, wait.record) for record in peers)
 
     def verdict(self, wait: Wait, store: Store) -> Verdict:
         """Return the verdict of a round that has been decided."""
         return decode_verdict(store.get(f"{self.key(wait.record.round)}/v"), wait.record, self.world_size)
-
-    def hear(self, what: str, rest: str) -> None:
-        """Note an item of the news: that a rank is gone, or that the group was revoked in a scope."""
-        if what == "lost":
-            self.lost.add(int(rest))
-        elif what == "revoked":
-            self.revoked.add(rest)
-
-    def tell_more(self, store: Store, update: Callable[[Record], Record | None]) -> bool:
-        """Replace the record of this rank by what *update* makes of it; return whether that was done."""
-        with self._telling:
-            latest = Record.decode(self.told)
-            record = None if latest is None else update(latest)
-            if record is None:
-                return False
-            record = attrs.evolve(record, process=self.process)
-            # The store thread's record may still be on its way over another connection: it must not be lost.
-            text = record.encode()
-            there = compare_set(store, self.key(f"rank/{self.rank}"), self.told, text)
-            if there == text:
-                self.told = text
-            return there == text
 
     def decide(self, wait: Wait, store: Store, lost: Iterable[int], where: Mapping[int, Place]) -> None:
         """Write the verdict of a round from what is known now, unless there is one."""
@@ -272,7 +193,7 @@ class Part:
             count = store.add(f"{key}/n", 0)
             if wait.counted and count % REPORT < ARRIVED:
                 wait.reason = wait.reason or f"the store has lost the arrival of rank {self.rank}"
-            if has_all(count, self.world_size) and is_uneventful(count):
+            if has_all(count, self.world_size) and is_uneventful(count) and not wait.reason:
                 text = ALL_OK  # the rank that arrived last may be gone
             else:
                 self._await_records(wait.record, count % REPORT, store)

@@ -61,6 +61,7 @@ class StoreThread:
     Attributes:
         replies: What the jobs return, or `Failed`; nothing for a job that returns None.
         is_running: Whether there is a thread.
+        ident: The thread that makes the calls.
     """
 
     def __init__(self, connect: Callable[[], Store]) -> None:
@@ -69,9 +70,10 @@ class StoreThread:
         self._args = (self._jobs, self.replies, connect)
         try:
             # The thread holds the queues, not this object, so it ends when nobody can ask it any more.
-            start_thread("collective_scope-store", _serve, *self._args, stop=weakref.WeakMethod(self.stop))
+            stop = weakref.WeakMethod(self.stop)
+            self.ident = start_thread("collective_scope-store", _serve, *self._args, stop=stop).ident or 0
         except RuntimeError:
-            self.is_running = False
+            self.is_running, self.ident = False, threading.get_ident()
         else:
             self.is_running = True
             weakref.finalize(self, self._jobs.put, None).atexit = False

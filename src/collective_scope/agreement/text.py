@@ -26,7 +26,7 @@ def message_of(exc: BaseException) -> str:
     """Return ``str(exc)``, or why there is none."""
     try:
         return str(exc)
-    except Exception as broken:
+    except (Exception, SystemExit) as broken:
         return f"<its str() raised {type_name(broken)}>"
 
 
@@ -48,7 +48,7 @@ def traceback_of(exc: BaseException) -> str:
     """Return the formatted traceback of *exc*, or what can be said without it."""
     try:
         text = "".join(traceback.format_exception(type(exc), exc, without_frames_of_ours(exc.__traceback__)))
-    except Exception as broken:
+    except (Exception, SystemExit) as broken:
         # An exception may bring notes, causes or members of its own making.
         lines = "".join(traceback.format_tb(exc.__traceback__))
         text = f"{lines}{type_name(exc)}: <it cannot be formatted: that raised {type_name(broken)}>\n"
