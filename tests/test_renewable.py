@@ -311,6 +311,32 @@ def test_renewable_group_of_one_rank_is_made_at_the_first_scope() -> None:
     assert scope.verdict.ok
 
 
+def _group_made_by_a_body(rank: int, world_size: int) -> tuple[list[tuple[str, Any]], float]:
+    world = RenewableGroup(store=_store("group of a body"), rank=rank, world_size=world_size)
+    own = []
+
+    def make_and_use() -> float:
+        own.append(dist.new_group())
+        return _sum_of_ranks(own[0])
+
+    started = time.monotonic()
+    seen = _in_scopes(
+        world,
+        [make_and_use, _fail_on(rank, 1, lambda: _sum_of_ranks(own[0])), _sum_of_ranks],
+    )
+    world.destroy()
+    return seen, time.monotonic() - started
+
+
+def test_world_frees_a_rank_that_is_stuck_in_a_group_that_a_body_has_made(run_on: Run) -> None:
+    """Suites make groups in their setup, outside of make; a rank that is stuck in one comes back as well."""
+    for seen, seconds in run_on(2, _group_made_by_a_body):
+        assert ("", 1.0) == tuple(seen[0])
+        assert seen[1][0] in {"RuntimeError", "ValueError"}
+        assert ("", 1.0) == tuple(seen[2])
+        assert seconds < 10.0
+
+
 def _two_worlds(rank: int, world_size: int) -> list[float]:
     sums = []
     for _ in range(2):

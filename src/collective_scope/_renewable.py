@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ._sockets import connected_sockets, cut, opened_since
+from ._sockets import accepted_since, connected_sockets, cut, opened_since
 from ._torch import abort_nccl, all_groups, forget_unfinished_groups, is_nccl
 from .agreement.store_thread import base_of
 
@@ -50,7 +51,8 @@ class RenewableGroup:
         make:
             Called with a fresh store, on every rank; builds everything that a failed scope may
             leave unusable: ``dist.init_process_group(..., store=store, ...)``, sub-groups, a
-            mesh, model-parallel state. What it returns is `value`. Default: the default
+            mesh, model-parallel state. What it returns is `value`. Groups that a body makes are revoked, too,
+            and are gone after that. Default: the default
             group, with NCCL where there is a GPU for each local rank, and gloo otherwise.
 
         store:
@@ -111,7 +113,9 @@ class RenewableGroup:
         self._attempts = 0
         self._sockets: dict[int, str] = {}
         self._before: dict[int, str] = {}
-        self._groups: list[dist.ProcessGroup] = []
+        self._known: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+        """Groups that were there before the latest make."""
+        self._of_make: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
         self._callbacks: list[Callable[[], object]] = []
         self._exists = self._is_revoked = False
         self._lock = threading.Lock()
@@ -164,7 +168,7 @@ class RenewableGroup:
             self._is_revoked = False
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises if the device is not usable any more
-            known = set(all_groups())
+            self._known = weakref.WeakSet(all_groups())
             self._before = connected_sockets()
             # A client of its own: its connection can be cut if a peer fails to make its part.
             store = dist.PrefixStore(f"collective_scope/{life}/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]
@@ -173,8 +177,8 @@ class RenewableGroup:
                 self.value = self._make(store)
             finally:
                 # Without those of the store: NCCL's monitor says at length that it has lost it.
-                self._sockets = opened_since(self._before, but_to_port=getattr(base_of(self.store), "port", None))
-                self._groups = [group for group in all_groups() if group not in known]
+                self._sockets = opened_since(self._before, but_to_port=self._port)
+                self._of_make = weakref.WeakSet(self._groups)
             self.made += 1
 
     # What the control thread calls; `revoke` on a thread of its own.
@@ -201,11 +205,24 @@ class RenewableGroup:
                 self._is_revoked = self.is_due = True
                 for callback in self._callbacks:
                     callback()
+                groups = self._groups
                 if is_at_work:
-                    abort_nccl(self._groups)
+                    abort_nccl(groups)
                 cut(self._sockets)
+                if any(group not in self._of_make for group in groups):  # made by a body
+                    cut(accepted_since(self._before, but_at_port=self._port))
         finally:
             self._lock.release()
+
+    @property
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """What make() has made, and the bodies since."""
+        return [group for group in all_groups() if group not in self._known]
+
+    @property
+    def _port(self) -> int | None:
+        """Where the store is served, which is never cut off."""
+        return getattr(base_of(self.store), "port", None)
 
     def _take_down(self) -> None:
         if not self._exists:
@@ -228,7 +245,7 @@ class RenewableGroup:
             msg = f"destroying the group took longer than {DESTROY_S:.0f} s"
             raise TimeoutError(msg)
         self.value, self._exists = None, False
-        self._groups, self._sockets, self._callbacks = [], {}, []
+        self._sockets, self._callbacks = {}, []
         forget_unfinished_groups()
         if failed and not self._is_revoked:  # of a group that was revoked, it may be gone already
             raise failed[0]

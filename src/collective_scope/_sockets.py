@@ -6,20 +6,46 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def connected_sockets(but_to_port: int | None = None) -> dict[int, str]:
     """Return the connected TCP sockets of this process, but those to a port: what tells each apart, by descriptor."""
     found = {}
+    for fd, link, copy in _sockets():
+        with contextlib.suppress(OSError):  # not connected
+            if copy.getpeername()[1] != but_to_port:
+                found[fd] = link
+    return found
+
+
+def accepted_since(before: dict[int, str], but_at_port: int | None = None) -> dict[int, str]:
+    """
+    Return the connections that others have opened to this process since *before*, but those to a port of it.
+
+    gloo connects each pair of ranks once, so one of the two has accepted it. What this process has opened
+    itself, to servers of whatever kind, is not among them.
+    """
+    listening, accepted = set(), {}
+    for fd, link, copy in _sockets():
+        port = copy.getsockname()[1]
+        if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listening.add(port)
+        elif before.get(fd) != link and port != but_at_port:
+            accepted[fd] = link, port
+    return {fd: link for fd, (link, port) in accepted.items() if port in listening}
+
+
+def _sockets() -> Iterator[tuple[int, str, socket.socket]]:
+    """Yield each internet socket of this process: its descriptor, what tells it from a later one, and a copy."""
     for fd in Path("/proc/self/fd").iterdir() if sys.platform == "linux" else ():
-        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+        with contextlib.suppress(OSError):  # closed meanwhile
             link = os.readlink(fd)  # noqa: PTH115  (a Path would be made of each)
             if link.startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(fd.name))) as copy:
-                    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] != but_to_port:
-                        found[int(fd.name)] = link
-    return found
+                    if copy.family in (socket.AF_INET, socket.AF_INET6):
+                        yield int(fd.name), link, copy
 
 
 def opened_since(before: dict[int, str], but_to_port: int | None = None) -> dict[int, str]:

@@ -48,6 +48,11 @@ class SubtestResult:
     history: list[tuple[float, str]] = attrs.field(factory=list)
 
     @property
+    def cause(self) -> tuple[int, Outcome] | None:
+        """The rank whose failure was told first, and what went wrong there; None if nothing did."""
+        return next(iter(failures_in_order(self.failures)), None)
+
+    @property
     def failures(self) -> dict[int, Outcome]:
         """What went wrong, by rank."""
         return {} if self.verdict is None else self.verdict.failures

@@ -18,7 +18,6 @@ from ._scope import CollectiveScope
 from ._subtest_result import ExpectedFailure, SubtestResult, judge_subtest, told
 from ._subtests_report import Progress, summary, write_junit, write_trace
 from ._torch import has_closed
-from .agreement.rounds import failures_in_order
 from .exceptions import CollectiveScopeError
 
 
@@ -177,9 +176,9 @@ class Subtests:
 
     def _note(self, result: SubtestResult) -> None:
         self.results.append(result)
-        found, causes = _groups.find(self._group), failures_in_order(result.failures)
+        found, cause = _groups.find(self._group), result.cause
         # If a closed connection is what failed first, no rank of this subtest has made it so.
-        if causes and has_closed(causes[0][1].message) and (found is None or found[0].renewal is None):
+        if cause is not None and has_closed(cause[1].message) and (found is None or found[0].renewal is None):
             self._dead_since = self._dead_since or result.id
         if self._rank == 0:
             self._get_progress().note(result)
@@ -218,8 +217,8 @@ class Subtest:
                 scope._body = sys._getframe(1).f_code  # noqa: SLF001  (documented; no reference to the frame)
         except Exception as refusal:
             self.result.error, self.result.verdict = refusal, scope.verdict
-            causes = failures_in_order(self.result.failures)
-            why = told(*causes[0]) if causes else str(refusal).splitlines()[0]
+            cause = self.result.cause
+            why = told(*cause) if cause is not None else str(refusal).splitlines()[0]
         if why:
             self.result.status, self.result.reason = "not run", why
             self._skip_block(sys._getframe(1))  # noqa: SLF001  (documented)

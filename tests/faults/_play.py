@@ -426,7 +426,7 @@ class Actor:
         from collective_scope.agreement.records import Record  # noqa: PLC0415  (no other part is to look inside)
         from collective_scope.agreement.store_thread import base_of, peek  # noqa: PLC0415
 
-        life = peek(view, f"life of {self.world_size}").decode()
+        life = peek(view, f"life of {dist.get_world_size()}").decode()
         return Record.decode(peek(base_of(view), f"collective_scope/{life}/rank/{rank}"))
 
     # What happens around them.
