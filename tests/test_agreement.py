@@ -264,7 +264,7 @@ def test_scope_whose_store_is_gone_raises_peer_lost_for_its_host() -> None:
     found = _groups.find(group)
     assert found is not None
     assert found[0].barrier is not None
-    found[0].barrier.server = 0
+    found[0].barrier.part.server = 0
     with pytest.raises(PeerLostError) as caught, _scope(group, "s"):
         pass
 

@@ -74,11 +74,11 @@ class Locator:
             if record is None or record.process == NOBODY:
                 continue
             state, answer = record.process.state(), self.has_answer_of(rank)
-            if answer is not None:
+            if record.last_word:  # after that, it has answered nothing
+                places[rank] = Place(record.process, state, phase=record.last_word)
+            elif answer is not None:
                 seconds = answer.seconds and answer.seconds + now - self.asked_at
                 places[rank] = attrs.evolve(answer, state=state, seconds=seconds)
-            elif record.last_word:
-                places[rank] = Place(record.process, state, phase=record.last_word)
             else:
                 places[rank] = Place(record.process, state, silence=now - (self.asked_at or now))
         return places
