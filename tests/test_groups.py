@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from collective_scope import PeerFailedError, _membership, _mpi, collective_scope, current_scope
+from collective_scope import PeerFailedError, _membership, _mpi, _torch, collective_scope, current_scope
 from collective_scope._groups import find
 from tests.ranks import RankPool, Sequencer, run_ranks, run_threads, values
 from tests.stores import LONG_S, PATIENCE_S, RankGroup, meet, wait_until
@@ -333,6 +333,7 @@ def test_accelerator_that_is_used_is_waited_for_before_the_cleanups(
     calls: list[Any] = []
     found = torch.device(device) if device is not None else None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    monkeypatch.setattr(_torch, "has_accelerator", lambda: found is not None)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: calls.append(1))
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     with collective_scope(synchronize=synchronize) as scope:
@@ -350,6 +351,7 @@ def test_accelerator_error_is_kept_and_the_cleanups_run(monkeypatch: pytest.Monk
         raise RuntimeError(msg)
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(_torch, "has_accelerator", lambda: True)
     monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace())
     with pytest.raises(RuntimeError, match=r"^CUDA error"), collective_scope() as scope:

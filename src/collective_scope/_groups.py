@@ -52,7 +52,7 @@ ACCEPTED = (
 )
 
 
-def find(group: GroupLike) -> tuple[Membership, object] | None:  # noqa: PLR0911  (a return for each kind)
+def find(group: GroupLike) -> tuple[Membership, object] | None:
     """
     Return this rank's membership in *group*, and what has to stay alive while that is used.
 
@@ -62,17 +62,25 @@ def find(group: GroupLike) -> tuple[Membership, object] | None:  # noqa: PLR0911
         TypeError: If *group* is none of what is accepted, or has peers and no store that can be used.
         ValueError: If *group* is a mesh of several dimensions, or was destroyed.
     """
-    if callable(group) and not isinstance(group, StoreGroup):
-        group = group()
-    if is_communicator(group):
-        return _of_communicator(group), group
     if group is None:
         world = default_group()
         return None if world is None else (_of_process_group(world), world)
-    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
-        return outside(), None
     if isinstance(group, dist.ProcessGroup):
         return _of_process_group(group), group
+    known = memberships.get(id(group))
+    return (known, group) if known is not None else _find_other(group)
+
+
+def _find_other(group: GroupLike) -> tuple[Membership, object] | None:
+    """Return the same for what is no process group, and was not met before: it takes a while to see what it is."""
+    if callable(group) and not isinstance(group, StoreGroup):
+        group = group()
+        if not callable(group) or isinstance(group, StoreGroup):
+            return find(group)
+    if is_communicator(group):
+        return _of_communicator(group), group
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        return outside(), None
     if isinstance(group, dist.DeviceMesh):
         if group.ndim != 1:
             msg = (

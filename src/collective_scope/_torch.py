@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ def has_appeared(trace: object) -> bool:
     return sys.excepthook is not trace and getattr(sys.excepthook, "__name__", "") == "_distributed_excepthook"
 
 
+@functools.cache
 def has_accelerator() -> bool:
     """Whether this machine has an accelerator that torch can use."""
     return torch.accelerator.current_accelerator() is not None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Any, cast
+from typing import Any
 
 import attrs
 
@@ -100,8 +99,9 @@ class Barrier:
         self._thaw(time.monotonic())
         now = time.monotonic()
         timeout = timeout if record.outcome.ok else min(timeout, failure_timeout)
-        is_refused = self._refused is not None and self._missed is not None and record.stage == "entry"
-        earlier = cast("tuple[Verdict, Record]", (self._refused, self._missed)) if is_refused else None
+        earlier = None
+        if self._refused is not None and self._missed is not None and record.stage == "entry":
+            earlier = self._refused, self._missed
         thread = self._get_thread()
         wait = Wait(record, now, now + timeout, failure_timeout, earlier, thread.replies)
         try:
@@ -153,10 +153,11 @@ class Barrier:
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
     def _await(self, wait: Wait) -> Verdict:
-        reply = None
-        with contextlib.suppress(Empty):
+        reply: Any
+        try:
             reply = wait.replies.get(timeout=FIRST_LOOK_S)
-        if reply is None:
+        except Empty:
+            reply = None
             self.control.wake()
         while reply is None:
             # The control thread ends the wait; this bound holds when the store keeps it from doing so.
@@ -171,7 +172,8 @@ class Barrier:
                 reply, self._thread = (reply.verdict, None) if reply.wait is wait else (None, self._thread)
         wait.reply, wait.over = reply, True
         if not isinstance(reply, Failed):
-            return cast("Verdict", reply)
+            verdict: Verdict = reply
+            return verdict
         self._thread = None
         if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
             raise reply.error

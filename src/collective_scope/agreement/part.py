@@ -62,7 +62,7 @@ class Part(Peers):
     _read: list[str] = attrs.field(factory=list, init=False)
     """Keys of the latest complete round."""
     _stale: list[str] = attrs.field(factory=list, init=False)
-    """Keys of the one before, which all ranks have read; the rank that arrives first at the next one removes them."""
+    """Keys of the one before."""
     _odd: list[str] = attrs.field(factory=list, init=False)
     """Keys of rounds that were not complete; each rank removes them after the next one that is."""
 
@@ -110,9 +110,8 @@ class Part(Peers):
         wait.counted = True
         if self.is_left_behind():
             return
-        if count % REPORT == ARRIVED:
-            remove(self._stale, store)  # the first to arrive has time
-        self._stale = []
+        # All read that before they came here; the first of them removes it, when nobody waits for that.
+        stale, self._stale = self._stale if count % REPORT == ARRIVED else [], []
         if has_all(count, self.world_size):
             text = ALL_OK if is_uneventful(count) else self._judgment(wait, store, count)
             verdict = decode_verdict(set_first(store, f"{key}/v", text), record, self.world_size)
@@ -128,6 +127,7 @@ class Part(Peers):
         if self.rank in verdict.missing and not wait.reason:
             self.tell(record, store)  # it is back
         wait.replies.put(verdict)
+        remove(stale, store)
         self._tidy_up([f"{key}/n", f"{key}/v"], verdict, store)
 
     def _tidy_up(self, keys: list[str], verdict: Verdict, store: Store) -> None:
