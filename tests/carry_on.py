@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import attrs
@@ -62,12 +63,12 @@ class Event:
     made: int
 
 
-def plan(seed: int, count: int, failing: int, world_size: int) -> list[Failure]:
+def plan(seed: int, count: int, failing: int, world_size: int, hows: Sequence[How] = HOWS) -> list[Failure]:
     """Return what goes wrong in each of *count* subtests, the same for the same *seed*."""
     generator = random.Random(seed)  # noqa: S311  (nobody has to be kept from guessing)
     chosen = generator.sample(range(count), failing)
     return [
-        Failure(generator.choice(HOWS), generator.randrange(world_size)) if number in chosen else Failure()
+        Failure(generator.choice(hows), generator.randrange(world_size)) if number in chosen else Failure()
         for number in range(count)
     ]
 

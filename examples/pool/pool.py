@@ -127,6 +127,11 @@ class Pool:
         if result.status != "passed":
             raise unittest.SkipTest(result.reason)
 
+    def restart(self) -> None:
+        """End the ranks; the next subtest gets new ones. For what a process can begin once only, such as NVSHMEM."""
+        self._send(None)
+        self._end(LAST_WORDS_S)
+
     def _run(self, order: tuple[Any, ...]) -> SubtestResult:
         if not self._ranks:
             self._start()

@@ -23,5 +23,11 @@ def parallel_launch_with_config(
     pool: Pool, configs: Iterable[MoETestConfig], options: Options, report: Subtests
 ) -> None:
     """Run *configs*, each on as many ranks as it needs."""
+    size = 0
     for config in configs:
+        if config.backend == "symm_mem":
+            # NVSHMEM begins once in a process, with as many ranks as the group has then.
+            if size not in (0, config.world_size):
+                pool.restart()
+            size = config.world_size
         pool.run(config.id(), _parallel_worker, config, options, ranks=config.world_size, report=report)
