@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from collective_scope import _teardown
 from tests.ranks import RankPool, busy_cores
 
 
@@ -30,9 +32,16 @@ def _rank_pools() -> Iterator[Callable[[int], RankPool]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _load(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Keep all cores busy, if asked to."""
-    with busy_cores() if request.config.getoption("--busy") else contextlib.nullcontext():
+    """Keep all cores busy, if asked to; one of the processes that run tests does that for all."""
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    with busy_cores() if is_first and request.config.getoption("--busy") else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _forget_default_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test see that an earlier one, in the same process, had a default group."""
+    monkeypatch.setattr(_teardown, "_last_with_default_group", [])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

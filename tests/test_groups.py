@@ -238,6 +238,8 @@ def test_group_destroyed_in_the_body_is_said_where_it_matters(group: Any, caplog
 
 def test_group_asked_for_again_has_the_same_barrier_until_it_is_gone(store: dist.Store) -> None:
     """All scopes of a group count on one barrier; another group has its own; with a group goes its place."""
+    gc.collect()
+    before = set(_membership._controls)  # noqa: SLF001
     group, other = RankGroup(store, 0, 2), RankGroup(store, 1, 2)
     first, again, others = find(group)[0], find(group)[0], find(other)[0]
 
@@ -250,7 +252,8 @@ def test_group_asked_for_again_has_the_same_barrier_until_it_is_gone(store: dist
     gc.collect()
 
     assert wait_until(lambda: control.broken is not None)
-    assert not _membership._controls  # noqa: SLF001  (a thread a store would be left otherwise)
+    # A thread a store would be left otherwise.
+    assert set(_membership._controls) <= before  # noqa: SLF001
 
 
 @pytest.mark.parametrize(

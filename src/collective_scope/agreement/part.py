@@ -126,6 +126,8 @@ class Part(Peers):
             return
         if self.rank in verdict.missing and not wait.reason:
             self.tell(record, store)  # it is back
+        if verdict.complete and self.server is not None and self.server not in self.records:
+            self.read(store, [self.server])  # once: what can be said when there is no store any more
         wait.replies.put(verdict)
         remove(stale, store)
         self._tidy_up([f"{key}/n", f"{key}/v"], verdict, store)
@@ -140,8 +142,6 @@ class Part(Peers):
         self._stale, self._read = self._read, keys
         remove(self._odd, store)
         self._odd = []
-        if self.server is not None and self.server not in self.records:
-            self.read(store, [self.server])  # what can be said when there is no store any more
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
         """Whether a rank that the *earlier* entry lacked has come at least to the first round that was *missed*."""
