@@ -56,7 +56,7 @@ def before() -> None:
         dist.destroy_process_group(Utils.model_parallel)
 
     Utils.initialize = staticmethod(initialize)
-    raise SystemExit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", __file__], [Conftest()]))
+    raise SystemExit(pytest.main(["-q", "-o", "addopts=", "-p", "no:cacheprovider", __file__], [Conftest()]))
 
 
 def after() -> None:
@@ -77,7 +77,7 @@ def after() -> None:
         dist.destroy_process_group(Utils.model_parallel)
 
     Utils.initialize = staticmethod(initialize)
-    raise SystemExit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", __file__], [Conftest()]))
+    raise SystemExit(pytest.main(["-q", "-o", "addopts=", "-p", "no:cacheprovider", __file__], [Conftest()]))
 
 
 if __name__ == "__main__":
