@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -235,6 +236,26 @@ def test_world_interrupts_a_body_that_goes_on(how: str, run_on: Run) -> None:
     assert "before its collectives" in surfaced[0][1]
     assert "ValueError" == failed[0][0]
     assert ("", 1.0) == tuple(surfaced[1]) == tuple(failed[1])
+
+
+def _ends_by_itself(rank: int, world_size: int) -> Any:
+    world = RenewableGroup(store=_store("by itself"), rank=rank, world_size=world_size)
+
+    def wait() -> None:
+        here().new_store().wait(["never"], timedelta(seconds=2.5))  # native code that no signal ends
+
+    seen = _in_scopes(world, [_fail_on(rank, 1, wait), _sum_of_ranks])
+    dist.destroy_process_group()
+    return seen
+
+
+def test_world_lets_a_body_out_that_ends_by_itself_while_it_is_being_interrupted(run_on: Run) -> None:
+    """An interrupt that comes as the body's own error leaves it does not keep the scope from its exit."""
+    waiting, failed = run_on(2, _ends_by_itself)
+
+    assert waiting[0][0] in {"DistStoreError", "PeerFailedError"}, waiting
+    assert "ValueError" == failed[0][0]
+    assert ("", 1.0) == tuple(waiting[1]) == tuple(failed[1])
 
 
 def _nested_wait(rank: int, world_size: int) -> Any:

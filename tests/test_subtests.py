@@ -21,12 +21,14 @@ import torch.distributed as dist
 from collective_scope import (
     Outcome,
     RenewableGroup,
+    SubtestResult,
     Subtests,
     Verdict,
     collective_scope,
     current_scope,
 )
 from collective_scope._subtest_result import ExpectedFailure, judge_subtest
+from collective_scope._subtests_report import summary
 from tests.ranks import RankPool, here, values
 
 
@@ -433,6 +435,19 @@ def test_subtest_judged_by_all_ranks_fails_unless_all_agree(
     error = unittest.SkipTest("no device")
 
     assert (status, reason) == judge_subtest(error, _verdict(outcomes))
+
+
+def test_summary_of_a_subtest_that_lost_a_rank_names_that_first() -> None:
+    """A rank that is gone has told nothing, and is the cause of what the others raise."""
+    outcome = Outcome("body", "RuntimeError", "Connection closed by peer", order=1)
+    verdict = Verdict("scope", 3, (0,), outcomes={0: outcome}, missing=(2,), lost=(1,))
+    result = SubtestResult("a", "failed", verdict=verdict)
+
+    lines = summary([result], 1.0, "").splitlines()
+
+    assert ["FAILED a", "  rank 1 is gone"] == lines[:2]
+    assert "  rank 2 did not come" == lines[3]
+    assert (0, outcome) == result.cause
 
 
 # Files

@@ -155,9 +155,10 @@ class Barrier:
     def _await(self, wait: Wait) -> Verdict:
         reply: Any
         try:
-            reply = wait.replies.get(timeout=FIRST_LOOK_S)
+            reply = self._taken(wait.replies.get(timeout=FIRST_LOOK_S), wait)
         except Empty:
             reply = None
+        if reply is None:
             self.control.wake()
         while reply is None:
             # The control thread ends the wait; this bound holds when the store keeps it from doing so.
@@ -166,10 +167,7 @@ class Barrier:
                 self._leave_behind(wait, f"rank {self.rank} gave up, because the store did not answer")
                 now = time.monotonic()
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
-            reply = next_reply(wait.replies, limit)
-            if isinstance(reply, Decided):
-                # One for a wait that is over came together with the reply of the store thread.
-                reply, self._thread = (reply.verdict, None) if reply.wait is wait else (None, self._thread)
+            reply = self._taken(next_reply(wait.replies, limit), wait)
         wait.reply, wait.over = reply, True
         if not isinstance(reply, Failed):
             verdict: Verdict = reply
@@ -179,6 +177,15 @@ class Barrier:
             raise reply.error
         self.gone = reply.error
         return self._alone(wait.record, time.monotonic() - wait.start, reply.error)
+
+    def _taken(self, reply: Any, wait: Wait) -> Any:
+        """Return *reply* for what it is to this *wait*: None if it was for an earlier one, which is over."""
+        if not isinstance(reply, Decided):
+            return reply
+        if reply.wait is not wait:
+            return None
+        self._thread = None  # it may come back with the same verdict
+        return reply.verdict
 
     def _stop_waiting(self, wait: Wait, interrupt: BaseException) -> None:
         """End the round for all: an interrupt has ended the wait of this rank."""
@@ -191,7 +198,7 @@ class Barrier:
         if wait.record.outcome.ok:
             wait.record = attrs.evolve(wait.record, outcome=Outcome.of(interrupt, "barrier"))
         self._leave_behind(wait, f"rank {self.rank} stopped waiting at the barrier")
-        reply = next_reply(wait.replies, time.monotonic() + STOP_S)
+        reply = self._taken(next_reply(wait.replies, time.monotonic() + STOP_S), wait)
         self.in_step = isinstance(reply, Verdict) and reply.complete
 
     def _leave_behind(self, wait: Wait, reason: str) -> None:

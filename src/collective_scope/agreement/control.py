@@ -217,7 +217,8 @@ class Control:
         """Act on the news; return the ranks that have failed, by the life of their group."""
         count, now = store.add(NEWS, 0), time.monotonic()
         self.heard()
-        is_first, self._seen = self._seen < 0, max(self._seen, count - OLD_NEWS, 0)
+        is_first = self._seen < 0
+        self._seen = max(count - OLD_NEWS, 0) if is_first else self._seen
         fresh: dict[str, set[int]] = {}
         for number in [*self._late, *range(self._seen + 1, count + 1)]:
             item = peek(store, f"{NEWS}/{number}")
@@ -231,9 +232,8 @@ class Control:
             if what == "closing":
                 self._is_closing = self._is_closing or not is_first
             elif what == "asked":
-                for part in self._parts(life):
-                    part.asked = number, now, rest
-                self._answer(store, life, rest, number)
+                if not self._answer(store, life, rest, number, now) and now < since + LATE_S:
+                    self._late[number] = since
             elif what == "failed":
                 fresh.setdefault(life, set()).add(int(rest))
             else:
@@ -252,15 +252,17 @@ class Control:
             while items and items[0][1] < until:
                 store.delete_key(f"{NEWS}/{items.popleft()[0]}")
 
-    def _answer(self, store: Store, life: str, round_: str, number: int) -> None:
-        """Tell where the ranks of this process are, except those that wait in the round of the one that asks."""
+    def _answer(self, store: Store, life: str, round_: str, number: int, now: float) -> bool:
+        """Tell where this process's ranks are, but those that wait in the round of the one that asks; return whether."""
+        has_told = True
         for part in self._parts(life):
+            part.asked = number, now, round_
             spans = list(self.spans.values())
             span = next((each for each in reversed(spans) if each.part is part), None)
-            is_there = span is not None and span.round_of_wait == round_ != ""
-            if not is_there:
-                place = self.place(span)
-                part.tell_more(store, functools.partial(attrs.evolve, place=place, answered=number))
+            if span is None or not round_ or span.round_of_wait != round_:
+                answer = functools.partial(attrs.evolve, place=self.place(span), answered=number)
+                has_told &= part.tell_more(store, answer)
+        return has_told
 
     def place(self, span: Span | None) -> Place:
         """Say where the thread is that entered *span*: perhaps in a scope of another group by now."""
@@ -269,8 +271,7 @@ class Control:
             after = f", after scope {self.left!r}" if self.left else ""
             main = threading.main_thread().ident
             return Place(me(), phase=f"outside of any scope{after}", frames=where_is(main) if main else "")
-        inner = spans[-1]
-        seconds = time.monotonic() - inner.since
+        inner, seconds = spans[-1], time.monotonic() - spans[-1].since
         frames = where_is(inner.thread, inner.body)
         return Place(me(), "", inner.path, f"{inner.phase} scope {inner.name!r}", seconds, frames)
 

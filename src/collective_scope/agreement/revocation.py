@@ -18,6 +18,8 @@ from typing import Protocol, runtime_checkable
 
 import attrs
 
+from .stacks import OURS
+
 
 REVOKE_S = 20.0
 """How long revoking may take; a rank that it takes longer is ended."""
@@ -75,21 +77,35 @@ class Revocation:
     _is_over: bool = attrs.field(default=False, init=False)
     _is_in_body: bool = attrs.field(default=False, init=False)
     _is_interrupted: bool = attrs.field(default=False, init=False)
+    _is_on_its_way: bool = attrs.field(default=False, init=False)
+    """Whether an interrupt was sent that the thread has not raised, as far as is known."""
 
     # What the rank's thread calls.
 
     def enter_body(self) -> None:
         """From now on, the thread may be interrupted."""
         if self._is_main() and signal.getsignal(WAKING) == signal.SIG_DFL:
-            signal.signal(WAKING, _wake_up)
+            signal.signal(WAKING, _on_waking)
         self._is_in_body = True
 
     def leave_body(self) -> None:
         """From now on, the thread may not be interrupted; take back an interrupt that has not come yet."""
         with self._lock:
             self._is_in_body = False
-            if self._is_interrupted:
+            if self._is_on_its_way:
                 _raise_in(self.thread, None)
+
+    def raise_in(self, frame: FrameType | None) -> None:
+        """
+        Raise the interrupt, on the main thread, in the body.
+
+        Not in *frame* if that is this library's: a body that comes back from native code with an error
+        may be on its way out, and ``__exit__`` must be reached. The control thread tries again.
+        """
+        is_ours = frame is not None and frame.f_code.co_filename.startswith(OURS)
+        if self._is_in_body and not self._is_interrupted and not is_ours:
+            self._is_interrupted = True
+            raise self.interrupt
 
     def end(self) -> None:
         """From now on, nothing is revoked: the next scope may have a new group. Waits for what is under way."""
@@ -145,12 +161,15 @@ class Revocation:
 
     def _interrupt(self, *, is_free: bool) -> None:
         with self._lock:
-            if is_free and self._is_in_body and not self._is_interrupted:
-                self._is_interrupted = True
+            if not is_free or not self._is_in_body or self._is_interrupted:
+                return
+            if self._is_main() and signal.getsignal(WAKING) == _on_waking:
+                # A signal also ends a wait for a lock, but reaches Python on the main thread only.
+                _asked[:] = [self]
+                signal.pthread_kill(self.thread, WAKING)
+            else:
+                self._is_interrupted = self._is_on_its_way = True
                 _raise_in(self.thread, self.interrupt)
-                if self._is_main() and signal.getsignal(WAKING) == _wake_up:
-                    # A thread that waits for a lock takes no step in Python until a signal comes, to the main thread only.
-                    signal.pthread_kill(self.thread, WAKING)
 
     def _is_main(self) -> bool:
         return self.thread == threading.main_thread().ident
@@ -166,8 +185,14 @@ class Revocation:
         self._done_at = time.monotonic()
 
 
-def _wake_up(number: int, frame: FrameType | None) -> None:
-    """Handle `WAKING`: this is the step in Python at which the interrupt is raised."""
+_asked: list[Revocation] = []
+"""The one that has sent `WAKING` last."""
+
+
+def _on_waking(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (given to every handler)
+    """Handle `WAKING`."""
+    for revocation in _asked:
+        revocation.raise_in(frame)
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

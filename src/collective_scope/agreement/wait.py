@@ -9,12 +9,14 @@ field              written by                                 read by
 Wait.record        the rank's thread; once more, if it is     the store and control threads
                    interrupted
 Wait.deadline      the rank's thread; the control thread      both
-                   moves it forward when a failure is known
-Wait.reason        the rank's thread, when it ends the wait   the store and control threads
+                   makes it earlier when a failure is known
+Wait.reason        the rank's thread, when it ends the wait;  the store and control threads
+                   the control thread, when it does
 Wait.counted       the store thread, when the store has       the control thread
                    counted the rank
+Wait.reply         the rank's thread                          the same
 Wait.over          the rank's thread; the control thread,     the control thread
-                   for a wait that the rank has given up
+                   for a wait that it has ended
 Part.life          the store thread, when it joins            all
 Part.told          the store and control threads, under a     the same
                    lock

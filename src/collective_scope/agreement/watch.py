@@ -163,6 +163,8 @@ class Span:
     def _inner(self) -> list[Span]:
         """The scopes within this one."""
         spans = list(self.control.spans.values())
+        if self not in spans:  # the rank has just left it
+            return []
         return [span for span in spans[spans.index(self) + 1 :] if span.thread == self.thread]
 
     def _begin(self) -> None:
@@ -191,7 +193,9 @@ class Span:
 
         def tell(record: Record) -> Record | None:
             is_told = record.round == wait.record.round and record.arrived
-            return None if wait.over or is_told else attrs.evolve(wait.record, arrived=wait.counted)
+            if wait.over or is_told:
+                return None
+            return attrs.evolve(wait.record, arrived=wait.counted, place=record.place, answered=record.answered)
 
         if wait.counted:
             self._has_told = self.part.tell_more(store, tell) or wait.record.has_something_to_tell
@@ -249,10 +253,10 @@ class Span:
             if span.part.life == self.part.life and span.wait is not None and not span.wait.over:
                 span._tell(store, span.wait)  # noqa: SLF001  (so that the decision does not wait for it)
         self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
+        if wait.reason or now > wait.deadline + GRACE_S:
+            wait.replies.put(Decided(wait, self.part.verdict(wait, store)))
         if wait.reason:
             wait.over = True
-        elif now > wait.deadline + GRACE_S:
-            wait.replies.put(Decided(wait, self.part.verdict(wait, store)))
 
     def _facts(self, now: float, wait: Wait | None, lost: Iterable[int], where: dict[int, Place]) -> Verdict:
         mine, size = self._mine(wait), self.part.world_size
