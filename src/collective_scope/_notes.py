@@ -43,7 +43,7 @@ def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
 def skipped(cleanups: Iterable[object]) -> str:
     """Mention cleanups that a rank may not run alone, or not while another rank is missing."""
     return (
-        "Not run, because the ranks could not agree to run it together or not all of them came: "
+        "Not run, because the ranks could not agree to run it together, not all of them came, or the group was revoked: "
         + ", ".join(map(str, cleanups))
         + ". What it refers to is kept alive until the process ends."
     )
