@@ -202,8 +202,7 @@ class Part(Peers):
 
     def _judgment(self, wait: Wait, store: Store, count: int, **facts: Any) -> bytes:
         """Return the verdict as it follows from all that the ranks told, and *facts*, as for `judge`."""
-        self.read(store, range(self.world_size))
-        records = dict(self.records)
+        records = self.read(store, range(self.world_size))
         if records.get(self.rank, Record()).round != wait.record.round or wait.reason:
             records[self.rank] = attrs.evolve(wait.record, arrived=wait.counted)
         facts |= {"all_arrived": has_all(count, self.world_size), "revoked": is_revoked(count), "reason": wait.reason}

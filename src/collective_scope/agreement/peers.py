@@ -68,13 +68,15 @@ class Peers:
         """Whether this rank no longer waits for the thread that asks."""
         return self.owner not in (0, threading.get_ident())
 
-    def read(self, store: Store, ranks: Iterable[int]) -> None:
-        """Refresh what is known of *ranks*."""
+    def read(self, store: Store, ranks: Iterable[int]) -> dict[int, Record]:
+        """Refresh what is known of *ranks*; return it, as the other thread may put in what it has read before."""
+        fresh = {}
         for rank in ranks:
             record = Record.decode(peek(store, self.key(f"rank/{rank}")))
             self.heard()
             if record is not None:
-                self.records[rank] = record
+                self.records[rank] = fresh[rank] = record
+        return fresh
 
     def hear(self, what: str, rest: str) -> None:
         """Note an item of the news: that a rank is gone, or that the group was revoked in a scope."""
