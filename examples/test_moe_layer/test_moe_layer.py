@@ -248,7 +248,7 @@ def test_subtests_id_that_cannot_run_is_skipped_with_a_reason(text: str, reason:
 def test_subtests_on_the_command_line_run_what_is_known_and_skip_the_rest(pytestconfig: pytest.Config) -> None:
     """``--subtests`` runs the ids it can, and a report in short form says why it skips the others."""
     tests = [f"{__file__}::{test}" for test in ("test_moe_layer", "test_moe_layer_no_parallel")]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rs", "--color=no"]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "-rs", "--color=no"]
 
     done = subprocess.run(  # noqa: S603
         [*command, f"--subtests={EPLB_ID},[nonsense]", *tests],
