@@ -104,7 +104,9 @@ class Subtests:
         if self._rank == 0:
             self._get_progress().end()
             text = summary(self.results, time.monotonic() - self._started, self._rerun)
-            print(text, file=self._file or sys.stdout, flush=True)
+            file = self._file or sys.stdout
+            file.write(f"{text}\n")  # in one piece: other ranks may write to the same place
+            file.flush()
         failed = [result for result in self.results if result.status in ("failed", "not run")]
         if failed and error is None:
             errors = [result.error for result in failed if isinstance(result.error, Exception)]

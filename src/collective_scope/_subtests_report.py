@@ -63,7 +63,9 @@ class Progress:
             self._bar.set_postfix_str(result.id)
         elif self._verbose:
             reason = f" ({result.reason})" if result.reason else ""
-            print(f"{result.id} {result.status.upper()}{reason} {result.seconds:.2f} s", file=self._file, flush=True)
+            # In one piece: other ranks may write to the same place.
+            self._file.write(f"{result.id} {result.status.upper()}{reason} {result.seconds:.2f} s\n")
+            self._file.flush()
         else:
             self._column += 1
             end = "\n" if self._column % _WIDTH == 0 else ""
