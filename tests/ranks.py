@@ -978,7 +978,6 @@ def busy_cores(count: int | None = None) -> Iterator[None]:
 
 def _environment(mark: str, added: Mapping[str, str]) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
-    inherited.pop("PYTHONUNBUFFERED", None)  # it tears the lines that several ranks print apart
     ours = {
         _MARK: mark,
         "GLOO_SOCKET_IFNAME": "lo",

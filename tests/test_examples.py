@@ -52,9 +52,10 @@ def test_failing_rank_costs_one_subtest_and_no_process() -> None:
     assert re.fullmatch(r"    .*failing_rank\.py:\d+", where)
     assert re.search(r"^2 passed, 1 failed in ", text, re.MULTILINE)
     assert "[rank 1] ValueError" in text
-    assert sum(line.startswith("[rank 0] ") for line in lines) == 2  # an error of gloo's, whose name is not promised
+    # Of two ranks that print at once, the ends of lines may come late.
+    assert text.count("[rank 0] ") == 2  # an error of gloo's, whose name is not promised
     for rank in (0, 1):
-        assert f"[rank {rank}] the group was made 2 times" in lines
+        assert f"[rank {rank}] the group was made 2 times" in text
 
 
 def test_straggler_is_located_by_its_peer_and_freed() -> None:
