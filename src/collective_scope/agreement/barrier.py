@@ -149,7 +149,9 @@ class Barrier:
             self._missed = self._refused = None
         else:
             self._missed = self._missed or record
-            self._refused = verdict if verdict.stage == "entry" and not verdict.reason else None
+            # One that ended early was not waited for, and at the next entry other ranks may be outside.
+            is_waited_for = verdict.stage == "entry" and not verdict.reason and not verdict.outside
+            self._refused = verdict if is_waited_for else None
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
     def _await(self, wait: Wait) -> Verdict:
