@@ -12,6 +12,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from .agreement.stacks import frames_of_threads
+
 
 EXIT_CODE = 124
 """What a parent sees; ``timeout(1)`` uses the same."""
@@ -147,10 +149,11 @@ def end(text: str) -> None:
 def stacks() -> str:
     """Return the stacks of all threads but this library's."""
     names = {each.ident: each.name for each in threading.enumerate()}
-    frames = {names.get(ident, str(ident)): frame for ident, frame in sys._current_frames().items()}  # noqa: SLF001
+    with frames_of_threads() as frames:
+        steps = {names.get(ident, str(ident)): [*traceback.walk_stack(frame)] for ident, frame in frames.items()}
     return "".join(
-        f"Thread {name}:\n{''.join(traceback.format_stack(frame))}"
-        for name, frame in frames.items()
+        f"Thread {name}:\n{''.join(traceback.StackSummary.extract(reversed(stack)).format())}"
+        for name, stack in steps.items()
         if not name.startswith("collective_scope-")
     )
 

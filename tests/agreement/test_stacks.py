@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -165,9 +169,88 @@ def test_threads_and_frames_of_the_library_are_left_out(monkeypatch: pytest.Monk
     assert [] == [name for name in _functions(text) if name in ("body", "_almost", "_innermost")]
 
 
-def test_thread_without_a_frame_is_nowhere_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreter that gives something else for a frame does not end the thread that asks."""
-    with _parked() as ident:
-        monkeypatch.setattr(stacks.sys, "_current_frames", lambda: {ident: 0.0})
+_LOOKER = """
+import gc, random, sys, threading, time
+from collective_scope.agreement.stacks import where_is
+from collective_scope._kill import stacks
 
-        assert "" == where_is(ident)
+alive = 0
+
+class Garbage:
+    def __init__(self):
+        global alive
+        alive += 1
+        self.me = self
+
+    def __del__(self):  # run by whichever thread collects; lets the others go on
+        global alive
+        alive -= 1
+        time.sleep(1e-5)
+
+functions = []
+for size in range(12):  # frames of many sizes, full of floats: what lies where a frame was is no frame
+    exec(
+        f"def f(n, {', '.join(f'a{i}=1.5*{i}' for i in range(3 * size))}):\\n"
+        f"    b, c = n * 1.25, [n] * {size}\\n"
+        f"    return b if n <= 0 else b + random.choice(functions)(n - 1)\\n"
+        f"functions.append(f)"
+    )
+
+def run():
+    while True:
+        functions[0](random.randrange(5, 40))
+        if alive < 20:
+            Garbage()
+
+threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+sys.setswitchinterval(1e-4)
+gc.set_threshold(10)
+threshold = gc.get_threshold()
+end = time.monotonic() + 5.0
+count = 0
+while time.monotonic() < end:
+    where_is(threading.get_ident())  # looks at all threads, and shows the shortest stack
+    count += 1
+    if not count % 1000:
+        assert "in f" in stacks()
+assert gc.get_threshold() == threshold
+print("looked", count, "times", flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_thread_that_runs_is_looked_at_while_others_leave_garbage_and_the_interpreter_survives() -> None:
+    """A collector that runs between two frames, and lets the thread go on, would leave frames that are none."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LOOKER], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert 0 == done.returncode, done.stderr[-2000:]
+    assert done.stdout.startswith("looked ")
+
+
+def test_process_forked_while_a_thread_is_looked_at_has_its_garbage_collector() -> None:
+    """A fork waits until the collector may run again."""
+    threshold, looking, go = gc.get_threshold(), threading.Event(), threading.Event()
+
+    def look() -> None:
+        with stacks.frames_of_threads():
+            looking.set()
+            go.wait(PATIENCE_S)
+
+    def let_go() -> None:
+        # The fork below holds the interpreter until it waits for the lock.
+        go.set()
+
+    with _thread(look):
+        assert looking.wait(PATIENCE_S)
+        assert 0 == gc.get_threshold()[0]
+        with _thread(let_go):
+            child = os.fork()
+        if child == 0:
+            os._exit(gc.get_threshold() != threshold)
+        assert 0 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert threshold == gc.get_threshold()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from types import CodeType, FrameType
 
 
@@ -26,15 +29,39 @@ def where_is(thread: int, body: CodeType | None = None) -> str:
         thread: Its identifier.
         body: The code in which the scope was entered: its line is shown, and the two innermost.
     """
-    # Under load, CPython 3.11 was seen to give a float for the main thread's frame.
-    current = {ident: f for ident, f in sys._current_frames().items() if isinstance(f, FrameType)}  # noqa: SLF001  (documented, for this purpose)
+    with frames_of_threads() as frames:
+        stacks = {ident: _stack(frame) for ident, frame in frames.items()}
     names = {each.ident: each.name for each in threading.enumerate()}
-    text = _show(_stack(current[thread]), body) if thread in current else ""
-    for ident, frame in current.items():
-        stack, name = _stack(frame), names.get(ident, str(ident))
+    text = _show(stacks[thread], body) if thread in stacks else ""
+    for ident, stack in stacks.items():
+        name = names.get(ident, str(ident))
         if ident != thread and not name.startswith("collective_scope-") and any(map(_is_collective, stack)):
             text += f"  in thread {name}:\n{_show(stack, None)}"
     return text
+
+
+@contextlib.contextmanager
+def frames_of_threads() -> Iterator[dict[int, FrameType]]:
+    """
+    Give the innermost frame of each thread, by the thread's identifier, and hold up the garbage collector.
+
+    Up to CPython 3.11, the collector may run while a frame object is being made. If a finalizer lets the
+    thread go on meanwhile, the object is made of what is no frame any more, and the interpreter crashes.
+    Asking a frame for the one outside of it makes such an object, too.
+    """
+    with _looking:
+        threshold = gc.get_threshold()
+        gc.set_threshold(0)  # not disable(): a thread that asks isenabled() meanwhile would leave it so
+        try:
+            yield sys._current_frames()  # noqa: SLF001  (documented, for this purpose)
+        finally:
+            gc.set_threshold(*threshold)
+
+
+_looking = threading.Lock()
+"""Held by the thread that holds up the collector. A fork waits for it, so that no child is without a collector."""
+
+os.register_at_fork(before=_looking.acquire, after_in_parent=_looking.release, after_in_child=_looking.release)
 
 
 def _stack(frame: FrameType) -> list[_Step]:
