@@ -39,7 +39,6 @@ from collective_scope import CleanupMismatchError, PeerFailedError, collective_s
 from test_moe_layer.backends import All2AllManager, make_manager, why_unavailable
 
 
-WORLD_SIZE = 2
 SUBTESTS = 3
 TOKENS, HIDDEN = 16, 2048
 START_S = 120.0
@@ -58,15 +57,15 @@ class Layer:
 
     def __init__(self, manager: Manager, *, in_cycle: bool) -> None:
         self.manager = manager
-        self.handle = manager.get_handle(max_tokens=TOKENS, hidden=HIDDEN, top_k=1, num_experts=WORLD_SIZE)
+        self.handle = manager.get_handle(max_tokens=TOKENS, hidden=HIDDEN, top_k=1, num_experts=dist.get_world_size())
         self.cycle = self if in_cycle else None
 
     def check(self) -> None:
-        """Send every token to the other rank, have it doubled there, compare."""
+        """Send every token to the next rank, have it doubled there, compare."""
         device, rank = self.manager.device, self.manager.rank
         tokens = torch.full((TOKENS, HIDDEN), 1.0 + rank, dtype=torch.bfloat16, device=device)
         weights = torch.ones(TOKENS, 1, device=device)
-        experts = torch.full((TOKENS, 1), 1 - rank, device=device)
+        experts = torch.full((TOKENS, 1), (rank + 1) % dist.get_world_size(), device=device)
         sent = self.manager.dispatch(self.handle, tokens, weights, experts)
         doubled = self.manager.combine(self.handle, 2 * sent.tokens, sent)
         torch.testing.assert_close(doubled, 2 * tokens)
@@ -218,7 +217,9 @@ DEVICE_OUTCOMES = {
 """Where symmetric memory differs from buffers whose destruction is an explicit call."""
 
 
-def run_rank(rank: int, port: int, variant: str, backend: str, stack_file: str) -> None:
+def run_rank(  # noqa: PLR0917 -- a process gets its arguments by position
+    rank: int, world_size: int, port: int, variant: str, backend: str, stack_file: str
+) -> None:
     """Run the subtests of one variant, tell the parent, and wait for the end it brings."""
     stacks = Path(stack_file).open("w", encoding="utf-8")  # noqa: SIM115 -- for faulthandler
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
@@ -234,13 +235,13 @@ def run_rank(rank: int, port: int, variant: str, backend: str, stack_file: str) 
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         store=dist.PrefixStore("group", store),
         rank=rank,
-        world_size=WORLD_SIZE,
+        world_size=world_size,
     )
     manager = make_manager(backend, dist.new_group(), device)
-    # Both groups exist, and both ranks' connections in them, before anything can go wrong.
+    # Both groups exist, and all ranks' connections in them, before anything can go wrong.
     dist.barrier()
     dist.barrier(group=manager.group)
-    if rank == 0:
+    if rank != 1:
         gc.disable()
     store.set(f"ready/{rank}", "")
     try:
@@ -264,15 +265,15 @@ class Outcome:
     seconds: float
 
 
-def run_variant(variant: str, backend: str, deadline_s: float) -> Outcome:
+def run_variant(variant: str, backend: str, world_size: int, deadline_s: float) -> Outcome:
     """Run one variant on fresh ranks; whatever they do, end after *deadline_s*."""
     context = mp.get_context("forkserver")  # imports torch once, not once a rank
     context.set_forkserver_preload([__name__])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f"stack-{rank}") for rank in range(WORLD_SIZE)]
+        files = [Path(folder, f"stack-{rank}") for rank in range(world_size)]
         ranks = [
-            context.Process(target=run_rank, args=(rank, store.port, variant, backend, str(file)))
+            context.Process(target=run_rank, args=(rank, world_size, store.port, variant, backend, str(file)))
             for rank, file in enumerate(files)
         ]
         for process in ranks:
@@ -282,7 +283,7 @@ def run_variant(variant: str, backend: str, deadline_s: float) -> Outcome:
             started = time.monotonic()
             wait_for(store, ranks, "outcome", deadline_s)
             seconds = time.monotonic() - started
-            ends = [where(store, *each) for each in zip(range(WORLD_SIZE), ranks, files, strict=True)]
+            ends = [where(store, *each) for each in zip(range(world_size), ranks, files, strict=True)]
             return judge(ends, seconds)
         finally:
             for process in ranks:
@@ -333,13 +334,13 @@ def main() -> int:
         print(f"skipped: {reason}")
         return 0
     unexpected = 0
-    print(f"{WORLD_SIZE} ranks, {args.backend}, hung means: for {args.deadline:.0f} s")
+    print(f"{args.ranks} ranks, {args.backend}, hung means: for {args.deadline:.0f} s")
     for variant in args.variant or VARIANTS:
         function, expected = VARIANTS[variant]
         if args.backend == "symm_mem":
             expected = DEVICE_OUTCOMES.get(variant, expected)
         print(f"\n{variant}: {(function.__doc__ or '').strip()}", flush=True)
-        outcomes = [run_variant(variant, args.backend, args.deadline) for _ in range(args.repeat)]
+        outcomes = [run_variant(variant, args.backend, args.ranks, args.deadline) for _ in range(args.repeat)]
         counts = Counter((outcome.word, outcome.detail) for outcome in outcomes)
         for (word, detail), count in counts.most_common():
             print(f"  {count:4} x {word:22}{detail}", flush=True)
@@ -354,6 +355,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable")
     parser.add_argument("--repeat", type=int, default=1, metavar="N")
     parser.add_argument("--backend", choices=("shared_memory", "symm_mem", "deep_ep"), default="shared_memory")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="two or more")
     parser.add_argument("--deadline", type=float, default=10.0, metavar="S", help="longer than this is a hang")
     return parser.parse_args()
 

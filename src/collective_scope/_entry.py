@@ -21,7 +21,7 @@ from ._speaker import Speaker
 from ._teardown import Teardown
 from .agreement.process import Place, me
 from .agreement.records import Outcome
-from .agreement.revocation import Revocation
+from .agreement.revocation import Renewal, Revocation
 from .agreement.rounds import path_of
 from .agreement.watch import Span
 from .exceptions import RevokedInterrupt
@@ -60,11 +60,12 @@ class Entry(Teardown):
             barrier.join()
             if self._options.meet_at_entry or not barrier.in_step or self._is_renewal_due():
                 self._meet_at_entry(barrier.rank, "entry")
-        if self._is_renewal_due():
-            self._renew()
+        renewal = self._renew() if self._is_renewal_due() else None
         if self._span is not None:
             self._span.stage = "exit"
             self._span.enter("in the body of")
+        if renewal is not None:
+            renewal.connect()
         if self._options.lockstep_gc:
             self._gc_was_enabled = gc.isenabled()
             gc.disable()
@@ -138,7 +139,7 @@ class Entry(Teardown):
     def _is_renewal_due(self) -> bool:
         return self._membership is not None and self._membership.renewal is not None and self._membership.renewal.is_due
 
-    def _renew(self) -> None:
+    def _renew(self) -> Renewal:
         """Make the group, on all ranks; refuse the body on all if one of them cannot."""
         membership = self._membership
         assert membership is not None  # noqa: S101  (for the type checker)
@@ -155,6 +156,7 @@ class Entry(Teardown):
         elif self._failures.first is not None:
             raise self._failures.first
         self._stage = "exit"
+        return renewal
 
     def _refuse(self, refusal: BaseException) -> None:
         """Leave a scope whose body does not start: clean up what it was given, and attach what that raises."""

@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 
 from ._sockets import accepted_since, connected_sockets, cut, opened_since
-from ._torch import abort_nccl, all_groups, forget_unfinished_groups, is_nccl
+from ._torch import (
+    abort_nccl,
+    all_groups,
+    connect_nccl,
+    forget_unfinished_groups,
+    has_accelerator,
+    is_nccl,
+    synchronize_accelerator,
+)
 from .agreement.store_thread import base_of
 
 
@@ -51,9 +59,11 @@ class RenewableGroup:
         make:
             Called with a fresh store, on every rank; builds everything that a failed scope may
             leave unusable: ``dist.init_process_group(..., store=store, ...)``, sub-groups, a
-            mesh, model-parallel state. What it returns is `value`. Groups that a body makes are revoked, too,
-            and are gone after that. Default: the default
-            group, with NCCL where there is a GPU for each local rank, and gloo otherwise.
+            mesh, model-parallel state. What it returns is `value`. NCCL communicators of its groups
+            are connected before the first body, because a rank that waits for its peers in the first
+            collective of a communicator cannot be freed. Groups that a body makes are revoked, too,
+            and are gone after that. Default: the default group, with NCCL where there is a GPU for
+            each local rank, and gloo otherwise.
 
         store:
             What the ranks meet at. It must outlive every group, and no group may own it.
@@ -166,8 +176,8 @@ class RenewableGroup:
             self._take_down()
             self._attempts += 1
             self._is_revoked = False
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # raises if the device is not usable any more
+            if has_accelerator():
+                synchronize_accelerator()  # raises if the device is not usable any more
             self._known = weakref.WeakSet(all_groups())
             self._before = connected_sockets()
             # A client of its own: its connection can be cut if a peer fails to make its part.
@@ -180,6 +190,14 @@ class RenewableGroup:
                 self._sockets = opened_since(self._before, but_to_port=self._port)
                 self._of_make = weakref.WeakSet(self._groups)
             self.made += 1
+
+    def connect(self) -> None:
+        """
+        Have the NCCL communicators made; all ranks do so at the same time, when all have made the group.
+
+        Not in `renew`: the peers of a rank whose *make* fails would wait there, and could not be freed.
+        """
+        connect_nccl(self._groups)
 
     # What the control thread calls; `revoke` on a thread of its own.
 

@@ -102,6 +102,22 @@ def is_nccl(group: dist.ProcessGroup) -> bool:
         return False
 
 
+def connect_nccl(groups: list[dist.ProcessGroup]) -> None:
+    """
+    Have the NCCL communicators of *groups* made now, by all their ranks together.
+
+    torch makes one at the first collective. A rank that waits for its peers there cannot be freed:
+    there is nothing to abort yet. A process that has not touched its GPU has none to connect.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    for group in groups:
+        if is_nccl(group) and group.size() > 1:
+            device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+            torch.cuda.synchronize(device)
+
+
 def abort_nccl(groups: list[dist.ProcessGroup]) -> None:
     """Abort the NCCL communicators of *groups*, as far as torch still knows them."""
     known = [group for group in groups if group in all_groups() and is_nccl(group)]

@@ -29,6 +29,9 @@ class World:
         self.revoked.append(is_at_work)
         self.on_revoke()
 
+    def connect(self) -> None:
+        """Nothing is to be connected."""
+
     def renew(self, life: str) -> None:
         """Never called: no scope is entered here."""
         raise AssertionError(life)

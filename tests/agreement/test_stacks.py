@@ -224,9 +224,7 @@ os._exit(0)
 
 def test_thread_that_runs_is_looked_at_while_others_leave_garbage_and_the_interpreter_survives() -> None:
     """A collector that runs between two frames, and lets the thread go on, would leave frames that are none."""
-    done = subprocess.run(
-        [sys.executable, "-c", _LOOKER], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", _LOOKER], capture_output=True, text=True, timeout=60, check=False)
 
     assert 0 == done.returncode, done.stderr[-2000:]
     assert done.stdout.startswith("looked ")

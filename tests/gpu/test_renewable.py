@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.carry_on import HOWS, Event, defects, figures, plan, run, world_of
+from tests.carry_on import HOWS, Event, Failure, defects, figures, plan, run, world_of
 from tests.ranks import RankPool, here, values
 
 
@@ -26,13 +26,22 @@ def _pool() -> Any:
         yield pool
 
 
-def _carry_on(rank: int, world_size: int, seed: int) -> list[Event]:
+def _carry_on(rank: int, world_size: int, failures: list[Failure]) -> list[Event]:
     torch.cuda.set_device(rank)
-    store = dist.PrefixStore(f"carry-on-{seed}", here().new_store())
-    world = world_of(store, rank, world_size)
-    events = run(world, plan(seed, 20, 8, world_size, HOWS_OF_NCCL))
+    world = world_of(dist.PrefixStore("carry-on", here().new_store()), rank, world_size)
+    events = run(world, failures)
     world.destroy()
     return events
+
+
+def test_world_over_nccl_whose_bodies_fail_one_after_the_other_before_any_collective_goes_on(pool: RankPool) -> None:
+    """No collective has run on a new group when a rank fails, the first one or the last: its peers are freed."""
+    failures = [Failure("before", 0), Failure("before", GPUS - 1), Failure("loop", 0), Failure("loop", 1), Failure()]
+
+    events = values(pool.run(_carry_on, failures, timeout=60.0))
+
+    assert [] == defects(failures, events)
+    assert max(figures(failures, events, grace=0.5).freed) < 1.2 + 5.0
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -40,7 +49,7 @@ def test_world_over_nccl_after_any_failures_has_exactly_these_and_right_numbers(
     """Of twenty subtests, the eight that fail on one rank fail on every rank, with the cause; the others are right."""
     failures = plan(seed, 20, 8, GPUS, HOWS_OF_NCCL)
 
-    events = values(pool.run(_carry_on, seed, timeout=180.0))
+    events = values(pool.run(_carry_on, failures, timeout=90.0))
 
     assert [] == defects(failures, events)
     measured = figures(failures, events, grace=0.5)

@@ -46,6 +46,9 @@ class Renewal(Protocol):
     def renew(self, life: str) -> None:
         """Destroy what there is, and make it anew."""
 
+    def connect(self) -> None:
+        """Connect what was made, when all ranks have made their part."""
+
 
 @attrs.define(eq=False)
 class Revocation:
