@@ -190,13 +190,19 @@ class Entry(Teardown):
             self._killer.cancel()
         if self._membership is not None and self._membership.open[-1:] == [self]:
             self._membership.open.pop()
-        if self._membership is not None and self._membership.renewal is not None:
-            verdict = self.verdict
-            is_whole = verdict is not None and verdict.complete and not verdict.revoked
-            self._membership.renewal.is_due |= not is_whole
         if self._span is not None:
             self._disappear(self._span)
+        if self._membership is not None and self._membership.renewal is not None:
+            self._let_go(self._membership.renewal)
         self._state = "left"
+
+    def _let_go(self, renewal: Renewal) -> None:
+        """Have the group made again at the next entry, unless it is as good as it was."""
+        is_complete = self.verdict is not None and self.verdict.complete
+        if self.verdict is None or self.verdict.revoked or not is_complete:
+            renewal.is_due = True
+            if is_complete:
+                renewal.abandon()
 
     def _disappear(self, span: Span) -> None:
         """Take this scope from the control thread's sight; a wait of it may still be to be ended."""

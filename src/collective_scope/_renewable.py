@@ -8,10 +8,11 @@ within a second, and are made again, by all ranks together, when the next scope 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -157,9 +158,9 @@ class RenewableGroup:
             Every rank does so at the same time.
 
         Raises:
-            TimeoutError: If it takes longer than `DESTROY_S` seconds.
+            TimeoutError: If it takes longer than `DESTROY_S` seconds, or an abort of it does.
         """
-        with self._lock:
+        with self._left_alone():
             self._take_down()
         self.is_due = True
 
@@ -172,7 +173,7 @@ class RenewableGroup:
         Args:
             life: What no other group on this store was ever called; the same on all ranks.
         """
-        with self._lock:
+        with self._left_alone():
             self._take_down()
             self._attempts += 1
             self._is_revoked = False
@@ -190,6 +191,24 @@ class RenewableGroup:
                 self._sockets = opened_since(self._before, but_to_port=self._port)
                 self._of_make = weakref.WeakSet(self._groups)
             self.made += 1
+
+    def abandon(self) -> None:
+        """
+        Begin to abort what is left of NCCL, which takes a second: the next scope waits for less of it.
+
+        For a group that was revoked, when all ranks have come to the exit: no kernel of a peer reads
+        the memory any more that an abort frees.
+        """
+        if self.interrupts_first and self._lock.acquire(blocking=False):
+
+            def abort() -> None:
+                try:
+                    if self._is_revoked:
+                        abort_nccl(self._groups)
+                finally:
+                    self._lock.release()
+
+            threading.Thread(target=abort, name="collective_scope-abort", daemon=True).start()
 
     def connect(self) -> None:
         """
@@ -229,6 +248,17 @@ class RenewableGroup:
                 cut(self._sockets)
                 if any(group not in self._of_make for group in groups):  # made by a body
                     cut(accepted_since(self._before, but_at_port=self._port))
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def _left_alone(self) -> Iterator[None]:
+        """Wait until nothing is being aborted, and keep it so."""
+        if not self._lock.acquire(timeout=DESTROY_S):
+            msg = f"aborting the group took longer than {DESTROY_S:.0f} s"
+            raise TimeoutError(msg)
+        try:
+            yield
         finally:
             self._lock.release()
 

@@ -29,6 +29,9 @@ class World:
         self.revoked.append(is_at_work)
         self.on_revoke()
 
+    def abandon(self) -> None:
+        """Nothing is to be taken down."""
+
     def connect(self) -> None:
         """Nothing is to be connected."""
 

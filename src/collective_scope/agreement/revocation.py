@@ -43,6 +43,9 @@ class Renewal(Protocol):
     def revoke(self, *, is_at_work: bool) -> None:
         """Make every communicator fail, for this rank, which may have work in flight, and its peers."""
 
+    def abandon(self) -> None:
+        """Begin to take down what was revoked: no rank is at work with it any more."""
+
     def renew(self, life: str) -> None:
         """Destroy what there is, and make it anew."""
 
