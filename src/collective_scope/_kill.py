@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from .agreement.stacks import frames_of_threads
+from .agreement.stacks import no_collection
 
 
 EXIT_CODE = 124
@@ -149,8 +149,9 @@ def end(text: str) -> None:
 def stacks() -> str:
     """Return the stacks of all threads but this library's."""
     names = {each.ident: each.name for each in threading.enumerate()}
-    with frames_of_threads() as frames:
-        steps = {names.get(ident, str(ident)): [*traceback.walk_stack(frame)] for ident, frame in frames.items()}
+    with no_collection():
+        frames = sys._current_frames().items()  # noqa: SLF001  (documented, for this purpose)
+        steps = {names.get(ident, str(ident)): [*traceback.walk_stack(frame)] for ident, frame in frames}
     return "".join(
         f"Thread {name}:\n{''.join(traceback.StackSummary.extract(reversed(stack)).format())}"
         for name, stack in steps.items()

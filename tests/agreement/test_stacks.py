@@ -235,7 +235,7 @@ def test_process_forked_while_a_thread_is_looked_at_has_its_garbage_collector() 
     threshold, looking, go = gc.get_threshold(), threading.Event(), threading.Event()
 
     def look() -> None:
-        with stacks.frames_of_threads():
+        with stacks.no_collection():
             looking.set()
             go.wait(PATIENCE_S)
 

@@ -29,8 +29,8 @@ def where_is(thread: int, body: CodeType | None = None) -> str:
         thread: Its identifier.
         body: The code in which the scope was entered: its line is shown, and the two innermost.
     """
-    with frames_of_threads() as frames:
-        stacks = {ident: _stack(frame) for ident, frame in frames.items()}
+    with no_collection():
+        stacks = {ident: _stack(frame) for ident, frame in sys._current_frames().items()}  # noqa: SLF001  (documented, for this purpose)
     names = {each.ident: each.name for each in threading.enumerate()}
     text = _show(stacks[thread], body) if thread in stacks else ""
     for ident, stack in stacks.items():
@@ -41,9 +41,9 @@ def where_is(thread: int, body: CodeType | None = None) -> str:
 
 
 @contextlib.contextmanager
-def frames_of_threads() -> Iterator[dict[int, FrameType]]:
+def no_collection() -> Iterator[None]:
     """
-    Give the innermost frame of each thread, by the thread's identifier, and hold up the garbage collector.
+    Hold up the garbage collector while the frames of other threads are looked at.
 
     Up to CPython 3.11, the collector may run while a frame object is being made. If a finalizer lets the
     thread go on meanwhile, the object is made of what is no frame any more, and the interpreter crashes.
@@ -53,7 +53,7 @@ def frames_of_threads() -> Iterator[dict[int, FrameType]]:
         threshold = gc.get_threshold()
         gc.set_threshold(0)  # not disable(): a thread that asks isenabled() meanwhile would leave it so
         try:
-            yield sys._current_frames()  # noqa: SLF001  (documented, for this purpose)
+            yield
         finally:
             gc.set_threshold(*threshold)
 
