@@ -62,7 +62,7 @@ def draw(trace: str, picture: str) -> None:
     import matplotlib as mpl  # noqa: PLC0415  (not needed for the trace)
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt  # noqa: PLC0415  (imported where it is needed)
 
     events = [event for event in json.loads(Path(trace).read_text())["traceEvents"] if event["ph"] == "X"]
     zero = min(event["ts"] for event in events if event["cat"] == "renewal")

@@ -220,7 +220,7 @@ def run_plain(rank: int, store: dist.Store, parallel: ModelParallel) -> list[boo
                 run_config(config, rank, fails=number == BROKEN and rank == FAILING_RANK)
             finally:
                 dist.barrier()
-        except Exception as raised:  # noqa: BLE001  (what a loop of subtests does)
+        except Exception as raised:  # noqa: BLE001  (as a loop of subtests does)
             error = raised
         right.append((error is None) == (number != BROKEN))
         what = "PASSED" if error is None else f"FAILED: {type(error).__name__}: {str(error).splitlines()[0][-100:]}"

@@ -247,7 +247,7 @@ def run_rank(  # noqa: PLR0917 -- a process gets its arguments by position
     try:
         for number in range(SUBTESTS):
             VARIANTS[variant][0](manager, number)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, it is the outcome
+    except Exception as error:  # noqa: BLE001 -- any exception is the outcome
         kind = "wrong result" if isinstance(error, AssertionError) else type(error).__name__
         store.set(f"outcome/{rank}", f"{kind}: {shorten(str(error), 70)}")
     else:

@@ -45,7 +45,7 @@ class RaisedError:
 
         message: ``str()`` of it.
 
-        notes: What was attached with ``add_note()``.
+        notes: Texts attached with ``add_note()``.
 
         text: The formatted traceback, causes and contexts included.
 
@@ -64,7 +64,7 @@ class RaisedError:
         """Describe *error*, whatever its ``__str__`` does."""
         try:
             message = str(error)
-        except Exception:  # noqa: BLE001 - the class is under test, too
+        except Exception:
             message = "<unprintable>"
         members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
 
@@ -81,14 +81,14 @@ class RaisedError:
 @attrs.frozen
 class Report:
     """
-    What a rank hands back after one function.
+    The report of a rank on one function.
 
     Attributes:
         elapsed_s: Seconds the function took.
 
-        value: What it returned.
+        value: Its result.
 
-        error: What it raised.
+        error: Its exception.
 
         defect: Why the harness could not do its part, in words.
     """
@@ -102,7 +102,7 @@ class Report:
         """Pickle the report; an unpicklable value becomes a defect."""
         try:
             return pickle.dumps(self)
-        except Exception as error:  # noqa: BLE001 - pickling runs any code
+        except Exception as error:
             defect = (
                 f"returned a {type(self.value).__qualname__} that cannot be pickled"
                 f" ({type(error).__name__}: {error}); return simple data"
@@ -362,7 +362,7 @@ def _run(context: RankContext, directory: Path) -> None:
     started = time.monotonic()
     try:
         fn, args = pickle.loads((directory / "function").read_bytes())
-    except Exception:  # noqa: BLE001 - unpickling runs any code
+    except Exception:
         report = Report(0.0, defect=f"could not load it:\n{traceback.format_exc()}")
     else:
         report = _call(fn, (context.rank, context.world_size, *args), started)
@@ -375,7 +375,7 @@ def _run(context: RankContext, directory: Path) -> None:
 def _call(fn: Callable[..., Any], args: tuple[Any, ...], started: float) -> Report:
     try:
         value = fn(*args)
-    except BaseException as error:  # noqa: BLE001 - SystemExit is an outcome, too
+    except BaseException as error:
         elapsed_s = time.monotonic() - started
         return Report(elapsed_s, error=RaisedError.from_exception(error))
     return Report(time.monotonic() - started, value=value)

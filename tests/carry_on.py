@@ -24,13 +24,13 @@ TIMEOUT_S = 60.0
 @attrs.frozen
 class Failure:
     """
-    What goes wrong in one subtest.
+    The failure of one subtest.
 
     Attributes:
         how: Where the failing rank raises: before, between or after its collectives; or before
             them, while its peers loop over collectives, put them into the device's queue without
             waiting for any, or poll something.
-        rank: Which one.
+        rank: That rank.
     """
 
     how: How = ""
@@ -40,12 +40,12 @@ class Failure:
 @attrs.frozen
 class Event:
     """
-    What one rank saw of one subtest. Times are of the clock that all processes of a machine share.
+    One subtest as one rank saw it. Times are of the clock that all processes of a machine share.
 
     Attributes:
         error: Type and message of what the scope raised; empty if nothing.
-        cause: What it names as the first failure, of whatever rank.
-        value: What the collective gave.
+        cause: The first failure that it names, of whatever rank.
+        value: Result of the collective.
         began: When the body began.
         raised: When this rank raised, if it did.
         body_ended: When its body ended.
@@ -108,7 +108,7 @@ def _subtest(world: RenewableGroup, name: str, number: int, failure: Failure) ->
             times["began"] = time.monotonic()
             scope.cleanup(lambda: times.update(body_ended=time.monotonic()))
             _body(world, scope.group, value, failure, times)
-    except Exception as raised:  # noqa: BLE001  (what surfaces is what is tested)
+    except Exception as raised:
         error = raised
     failures = {} if scope.verdict is None else scope.verdict.failures
     first = min(failures.values(), key=lambda outcome: outcome.order or 10**9, default=None)
@@ -138,7 +138,7 @@ def _body(world: RenewableGroup, group: Any, value: torch.Tensor, failure: Failu
     while failure.how == "queue":
         dist.all_reduce(value.clone(), group=group)
     while failure.how == "poll":
-        time.sleep(0.001)  # what a body does that waits for a flag
+        time.sleep(0.001)  # a body waits for a flag like this
     dist.all_reduce(value.clone(), group=group)
     if fails and failure.how == "between":
         fail()

@@ -19,7 +19,7 @@ import attrs
 __all__ = ["Host", "HostsError", "set_cable", "two_hosts"]
 
 _CABLE = "cable"
-"""What each host calls its network device."""
+"""The network device's name on each host."""
 
 _MONOTONIC_OFFSET_S = 1_000_000
 _WALL_OFFSET_S = 3_600
@@ -38,9 +38,9 @@ class Host:
     Attributes:
         address: Its IPv4 address.
 
-        prefix: What to put before a command to run it there.
+        prefix: Words before a command to run it there.
 
-        env: What its Python processes need in their environment.
+        env: Environment variables its Python processes need.
     """
 
     address: str
@@ -78,7 +78,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         yield hosts[0], hosts[1]
     finally:
         for name in made:
-            # What runs in there goes with its own process namespace.
+            # Processes in there go with their own process namespace.
             _run("ip", "netns", "delete", name)
 
 

@@ -42,6 +42,7 @@ from typing import Any, Literal, NoReturn, Self
 import attrs
 import torch.distributed as dist
 
+from collective_scope.agreement.stacks import no_collection
 from tests._rank import (
     LOOPBACK,
     RaisedError,
@@ -89,7 +90,7 @@ _NO_DNS = re.compile(r"^.*The hostname of the client socket cannot be retrieved\
 _SITE = Path(__file__).parent / "_site"
 
 # Stacks can be had before torch is imported, and of a process that holds the GIL.
-# What is imported is garbage neither now nor at exit: not looking at it saves a third
+# Imports are garbage neither now nor at exit: not looking at them saves a third
 # of a process. gc.unfreeze() in a rank function undoes that.
 _BOOTSTRAP = """
 import faulthandler, gc, json, signal, sys
@@ -107,7 +108,7 @@ if (child := nurse(control)) is not None:
     main(*child)
 """
 
-# What a launcher leaves behind must not reach the ranks of a test.
+# Variables of a launcher must not reach the ranks of a test.
 _LAUNCHER_VARIABLES = (
     "GROUP_",
     "LOCAL_",
@@ -126,27 +127,27 @@ class RanksError(AssertionError):
 @attrs.frozen
 class RankResult:
     """
-    What became of one rank process.
+    The outcome of one rank process.
 
     Attributes:
-        rank: Which one, counted from 0.
+        rank: Its number, from 0.
 
         pid: Its process id.
 
         exit: Its exit code, or minus the signal that killed it, or ``None`` if it
             lives on in a pool.
 
-        value: What the function returned.
+        value: Result of the function.
 
-        error: What it raised.
+        error: Its exception.
 
         returned: Whether the function returned.
 
         elapsed_s: Seconds the function took, or until the process ended.
 
-        stdout: What it wrote there.
+        stdout: Its output there.
 
-        stderr: What it wrote there.
+        stderr: Its output there.
     """
 
     rank: int
@@ -186,14 +187,14 @@ class RankResult:
 @attrs.frozen
 class ScriptResult:
     """
-    What became of a program.
+    The outcome of a program.
 
     Attributes:
         exit: Its exit code, or minus the signal that killed it.
 
-        stdout: What it and its children wrote there.
+        stdout: Output of it and its children.
 
-        stderr: What it and its children wrote there.
+        stderr: Output of it and its children.
 
         elapsed_s: Seconds from start to end.
     """
@@ -207,12 +208,12 @@ class ScriptResult:
 @attrs.frozen
 class ThreadResult:
     """
-    What became of one rank thread.
+    The outcome of one rank thread.
 
     Attributes:
-        rank: Which one, counted from 0.
+        rank: Its number, from 0.
 
-        value: What the function returned.
+        value: Result of the function.
 
         error: The exception object it raised.
 
@@ -298,7 +299,7 @@ def run_threads(
     Args:
         world_size: Number of ranks.
 
-        fn: What to call. Whatever it raises is part of the result.
+        fn: Function to call. Its error is part of the result.
 
         timeout: Seconds for all of it.
 
@@ -316,7 +317,7 @@ def run_threads(
         started = time.monotonic()
         try:
             value = fn(rank, store, sequencer)
-        except BaseException as error:  # noqa: BLE001 - handed to the test
+        except BaseException as error:
             raised = error
         elapsed_s = time.monotonic() - started
         results[rank] = ThreadResult(rank, value, raised, elapsed_s)
@@ -339,10 +340,11 @@ def run_threads(
 
 def _stacks_of_threads() -> str:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"--- {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()  # noqa: SLF001 - the way to
-    )
+    with no_collection():
+        return "\n".join(
+            f"--- {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()  # noqa: SLF001 - the way to
+        )
 
 
 # Ranks as processes
@@ -490,7 +492,7 @@ class RankPool:
         store: How the ranks meet: an explicit ``TCPStore``, a ``FileStore``, or
             ``env://`` with a ``TCPStore``.
 
-        host: Who serves a ``TCPStore``: rank 0, this process, or one of its own,
+        host: Server of a ``TCPStore``: rank 0, this process, or one of its own,
             whose process id is ``here().store_pid``.
 
         init: Whether to make the default group. Without it, rank functions may use
@@ -501,7 +503,7 @@ class RankPool:
 
         env: Environment variables for the ranks, added to those here.
 
-        quiet: Whether `run()` prints nothing. What a thread prints, pytest shows with
+        quiet: Whether `run()` prints nothing. Pytest shows a thread's output with
             whichever test is running.
 
     Example:
@@ -822,7 +824,7 @@ def _load_report(path: Path) -> Report | None:
         return None
     try:
         report = pickle.loads(path.read_bytes())
-    except Exception as error:  # noqa: BLE001 - unpickling runs any code
+    except Exception as error:
         defect = (
             "returned something that cannot be unpickled, or was killed while it did"
             f" ({type(error).__name__}: {error}); return simple data"
@@ -982,7 +984,7 @@ def _environment(mark: str, added: Mapping[str, str]) -> dict[str, str]:
         _MARK: mark,
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",  # What was printed before a kill is kept.
+        "PYTHONUNBUFFERED": "1",  # Output before a kill is kept.
         # A TCPStore asks the DNS for the name of each client, on the thread that serves all
         # of them; a lost reply would stop it for five seconds. With this, nobody is asked.
         "RES_OPTIONS": "attempts:0",

@@ -1,4 +1,4 @@
-"""What tests of scopes and barriers need where ranks are threads: groups, stores that misbehave, and a way to wait."""
+"""Tools for tests of scopes and barriers where ranks are threads: groups, stores that misbehave, and a way to wait."""
 
 from __future__ import annotations
 
@@ -63,34 +63,34 @@ class HookedStore(dist.Store):
         parts = key.split("/", 2)
         self._hook(method, parts[2] if len(parts) > 2 and parts[1] not in ("news", "beat") else key)
 
-    def clone(self) -> dist.Store:  # noqa: D102
+    def clone(self) -> dist.Store:  # noqa: D102  (as in torch)
         return self
 
-    def get(self, key: str) -> bytes:  # noqa: D102
+    def get(self, key: str) -> bytes:  # noqa: D102  (as in torch)
         self._before("get", key)
         return self._store.get(key)
 
-    def set(self, key: str, value: Any) -> None:  # noqa: D102
+    def set(self, key: str, value: Any) -> None:  # noqa: D102  (as in torch)
         self._before("set", key)
         self._store.set(key, value)
 
-    def add(self, key: str, amount: int) -> int:  # noqa: D102
+    def add(self, key: str, amount: int) -> int:  # noqa: D102  (as in torch)
         self._before("add", key)
         return self._store.add(key, amount)
 
-    def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:  # noqa: D102
+    def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:  # noqa: D102  (as in torch)
         self._before("compare_set", key)
         return self._store.compare_set(key, expected, desired)
 
-    def check(self, keys: list[str]) -> bool:  # noqa: D102
+    def check(self, keys: list[str]) -> bool:  # noqa: D102  (as in torch)
         self._before("check", keys[0])
         return self._store.check(keys)
 
-    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=PATIENCE_S)) -> None:  # noqa: D102
+    def wait(self, keys: list[str], timeout: timedelta = timedelta(seconds=PATIENCE_S)) -> None:  # noqa: D102  (as in torch)
         self._before("wait", keys[0])
         self._store.wait(keys, timeout)
 
-    def delete_key(self, key: str) -> bool:  # noqa: D102
+    def delete_key(self, key: str) -> bool:  # noqa: D102  (as in torch)
         self._before("delete_key", key)
         return self._store.delete_key(key)
 
@@ -166,16 +166,16 @@ class Rank:
 
     Args:
         store: The store of its group. Its threads are told apart by name: see `is_control`.
-        rank: Which rank.
+        rank: Its number.
         world_size: Number of ranks.
         server: The rank that serves the store, as far as this one can guess.
         serves: Whether this one's process does.
         silence: Seconds without a heartbeat after which a rank on another machine counts as lost.
 
     Attributes:
-        control: What its process would have for a control thread.
+        control: The control thread its process would have.
         barrier: Its barrier.
-        said: What there was to say to people: the kind, and the facts.
+        said: Messages to people: the kind, and the facts.
     """
 
     store: Any
@@ -204,7 +204,7 @@ class Rank:
     @contextlib.contextmanager
     def scope(self, path: str = "0 scope", *, warn_after: float | None = None) -> Iterator[Span]:
         """Be in a scope at *path*, as far as the agreement knows of it; it is left without a barrier."""
-        speak = lambda what, facts, _: self.said.append((what, facts))  # noqa: E731
+        speak = lambda what, facts, _: self.said.append((what, facts))  # noqa: E731  (short)
         thread = threading.get_ident()
         span = Span(self.control, self.part, name_of(path), thread, None, warn_after, self.silence, speak, path=path)
         self.control.spans[id(span)] = span

@@ -70,7 +70,7 @@ def test_scope_different_names_raise_scope_mismatch_at_once() -> None:
         sequencer.wait_for(f"rank {1 - rank} has left")
         with _scope(group, "next") as following:
             pass
-        return caught.value.names, following.verdict.ok  # type: ignore[union-attr]
+        return caught.value.names, following.verdict.ok  # type: ignore[union-attr]  # it is there, or the test fails
 
     start = time.monotonic()
 
@@ -196,7 +196,7 @@ def test_scope_refused_because_ranks_failed_around_it_says_so_each_time() -> Non
 
 
 def test_scope_refused_at_entry_keeps_the_errors_of_its_cleanups() -> None:
-    """What cleanups raise when a body is refused is attached to what is raised."""
+    """Errors of cleanups after a refused body are attached to the error raised."""
     broken = ValueError("broken")
 
     def fail() -> None:
@@ -280,7 +280,7 @@ def test_scope_tells_the_peers_that_its_process_serves_the_store() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(BarrierTimeoutError), _scope(RankGroup(server, 0, 2), timeout=0.2):
         assert wait_until(lambda: record_of(server, 0) is not None)
-        assert record_of(server, 0).process.serves  # type: ignore[union-attr]
+        assert record_of(server, 0).process.serves  # type: ignore[union-attr]  # it is there, or the test fails
 
 
 def test_scope_failed_peer_raises_on_healthy_ranks_and_the_body_error_on_its_own() -> None:
@@ -351,7 +351,7 @@ def test_scope_collective_cleanups_agreed_run_in_lockstep_between_local_ones() -
 def test_scope_collective_cleanups_not_shared_run_on_no_rank(
     names: dict[int, str], fingerprints: dict[str, bool], ran: str
 ) -> None:
-    """What a rank lacks runs nowhere; all ranks raise, naming the lists; local cleanups run all the same."""
+    """A cleanup that a rank lacks runs nowhere. All ranks raise, naming the lists. Local ones still run."""
 
     def run(rank: int, group: RankGroup, _: Sequencer) -> Any:
         calls: list[str] = []
@@ -384,7 +384,7 @@ def test_scope_fingerprint_that_raises_is_told_and_skipped() -> None:
             with _scope(group, "s") as scope:
                 scope.collective_cleanup(calls.append, "x", name="x", fingerprint=fingerprint)
         except (ZeroDivisionError, PeerFailedError) as error:
-            return type(error), calls, [type(e) for e in error.collective_scope_errors]  # type: ignore[union-attr]
+            return type(error), calls, [type(e) for e in error.collective_scope_errors]  # type: ignore[union-attr]  # it is there, or the test fails
 
     assert [
         (PeerFailedError, [], [CleanupMismatchError]),
@@ -520,7 +520,7 @@ def test_scopes_of_a_process_without_more_threads_go_on(monkeypatch: pytest.Monk
                 with scope:
                     scope.collective_cleanup(str, name="c")
                     if (i, rank) == (1, 1):
-                        raise _BodyError  # noqa: TRY301
+                        raise _BodyError
             except (_BodyError, PeerFailedError):
                 pass
             verdicts.append(str(scope.verdict))
@@ -532,7 +532,7 @@ def test_scopes_of_a_process_without_more_threads_go_on(monkeypatch: pytest.Monk
     assert ["ok", "failed: 1", "ok"] == [verdict.rpartition(", ")[2] for verdict in results[0]]
 
 
-# What is said
+# Log messages
 
 
 @pytest.mark.parametrize("meets", [False, True], ids=["exit-only", "meets-at-entry"])
@@ -630,7 +630,7 @@ def test_scope_to_which_a_rank_came_a_moment_before_the_timeout_does_not_miss_it
 
 @attrs.frozen
 class _Plan:
-    """What one rank does in one scope."""
+    """One rank's part in one scope."""
 
     body_fails: bool
     arrives_after: int
@@ -643,10 +643,10 @@ _schedules = st.integers(1, 3).flatmap(
     lambda world_size: st.lists(
         st.builds(
             _Plan,
-            body_fails=st.booleans() | st.just(False),  # noqa: FBT003
+            body_fails=st.booleans() | st.just(False),
             arrives_after=st.integers(0, world_size - 1),
             cleanups=st.lists(
-                st.tuples(st.sampled_from("ABCxyz"), st.booleans() | st.just(False)),  # noqa: FBT003
+                st.tuples(st.sampled_from("ABCxyz"), st.booleans() | st.just(False)),
                 unique_by=lambda cleanup: cleanup[0],
                 max_size=5,
             ).map(tuple),
@@ -669,7 +669,7 @@ class _Turns:
     """Lets bodies end in the order that a schedule asks for."""
 
     def __init__(self, plans: list[_Plan]) -> None:
-        # Whoever waits for fewer comes first; so nobody waits for ever.
+        # Ranks that wait for fewer come first; so none waits for ever.
         order = sorted(range(len(plans)), key=lambda rank: (plans[rank].arrives_after, rank))
         self._before = {rank: order[: order.index(rank)][: plans[rank].arrives_after] for rank in order}
 
@@ -699,8 +699,8 @@ def _play(plan: _Plan, rank: int, group: RankGroup, sequencer: Sequencer, turns:
             scope.after_barrier(calls.append, "after")
             turns.wait(rank, sequencer)
             if plan.body_fails:
-                raise _BodyError  # noqa: TRY301
-    except BaseException as error:  # noqa: BLE001
+                raise _BodyError
+    except BaseException as error:
         raised = error
     return scope.verdict, calls, raised
 
@@ -708,7 +708,7 @@ def _play(plan: _Plan, rank: int, group: RankGroup, sequencer: Sequencer, turns:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_schedules)
 def test_scope_any_schedule_gives_all_ranks_one_verdict_and_runs_each_cleanup_once(plans: list[_Plan]) -> None:
-    """Whatever fails, in whatever order ranks arrive: one verdict, all raise or none, each cleanup once, in order."""
+    """Any failures, any order of arrival: one verdict, all ranks raise or none, each cleanup once, in order."""
     turns = _Turns(plans)
     results = meet(len(plans), lambda rank, group, sequencer: _play(plans[rank], rank, group, sequencer, turns))
     verdicts = [verdict for verdict, _, _ in results]

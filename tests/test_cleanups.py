@@ -115,7 +115,7 @@ def test_stack_collective_names_whatever_they_are_lose_no_cleanup(names: list[st
 
 
 def test_stack_collective_cleanup_that_has_begun_is_not_listed() -> None:
-    """What is left is what has not begun, also below the top."""
+    """Only cleanups not begun are left, also below the top."""
     a, b = _collective("a"), _collective("b")
     a.begun = True
 
@@ -123,7 +123,7 @@ def test_stack_collective_cleanup_that_has_begun_is_not_listed() -> None:
 
 
 def test_stack_cleanup_that_has_run_stays_alive_until_clear() -> None:
-    """What a cleanup holds outlives its run, and goes with the stack."""
+    """A cleanup's object outlives its run, and goes with the stack."""
     manager = _Manager()
     reference = weakref.ref(manager)
     stack = _stack(Cleanup(manager.destroy, "destroy", "file.py:1"))
@@ -138,7 +138,7 @@ def test_stack_cleanup_that_has_run_stays_alive_until_clear() -> None:
 
 
 def test_kept_object_is_never_freed() -> None:
-    """What is kept for ever has no owner, and is there all the same; it can be kept twice."""
+    """An object kept for ever has no owner, and is still there. It can be kept twice."""
     manager = _Manager()
     reference = weakref.ref(manager)
     keep_for_ever(manager, manager)

@@ -2,7 +2,7 @@
 The contract, cell by cell, over real processes.
 
 A cell says what goes wrong in one scope: in the body, in local cleanups, with the
-collective one, and on which ranks. What every rank must see then is derived by a small
+collective one, and on which ranks. The view each rank must have is derived by a small
 oracle written from the contract, not from the code; a dozen cells are spelled out by
 hand, and hold the oracle to account as well.
 """
@@ -45,7 +45,7 @@ _BODY_ERRORS: dict[str, type[BaseException]] = {
 @attrs.frozen
 class Cell:
     """
-    What goes wrong in one scope.
+    The failures in one scope.
 
     The scope registers, in this order, the local cleanup ``first``, the collective
     cleanup ``destroy``, and the local cleanups ``second`` and ``third``.
@@ -53,12 +53,12 @@ class Cell:
     Attributes:
         body: How the body ends on the ranks of *body_on*.
 
-        body_on: Which ranks those are.
+        body_on: Those ranks.
 
         local: Whether no local cleanup raises on the ranks of *local_on*, or ``second``
             does, or ``third`` and ``first`` do.
 
-        local_on: Which ranks those are.
+        local_on: Those ranks.
 
         collective: Whether there is no collective cleanup, or all agree on it, or rank 0
             lacks it, or has another fingerprint, or raises in it.
@@ -83,17 +83,17 @@ class Cell:
 @attrs.frozen
 class Seen:
     """
-    What one rank sees of one scope.
+    One scope as one rank sees it.
 
     Attributes:
-        surfaces: What the scope raises, as ``Type: message`` if it is this rank's own, as
-            ``Type`` if it is the library's; empty if nothing.
+        surfaces: Error of the scope, as ``Type: message`` if it is this rank's own, as
+            ``Type`` if it is the library's; empty if none.
 
-        ran: What ran, in order.
+        ran: Steps, in order.
 
-        members: What is in it, if it is an exception group.
+        members: Its members, if it is an exception group.
 
-        attached: What is attached to it, as in *surfaces*; of the library's errors only
+        attached: Errors attached to it, as in *surfaces*; of the library's errors only
             those that do not depend on which rank was first.
     """
 
@@ -155,10 +155,10 @@ def _failing(cell: Cell) -> list[int]:
 @attrs.frozen
 class Observed:
     """
-    What one rank saw of one scope, and all else that is of interest.
+    One scope as one rank saw it, and all else that is of interest.
 
     Attributes:
-        seen: What the contract speaks of.
+        seen: Facts of the contract.
 
         is_own_object: Whether the error that surfaced is the object the body raised.
 
@@ -170,7 +170,7 @@ class Observed:
 
         attached: All attached errors, as ``(type, message)``.
 
-        verdict: What the scope says of all ranks.
+        verdict: The scope's verdict on all ranks.
 
         next_verdict: The same, of the scope after it.
     """
@@ -234,7 +234,7 @@ def _run_cell(rank: int, world_size: int, cell: Cell) -> Observed:
             ran.append("body")
             if own is not None:
                 _raise(own)
-    except BaseException as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except BaseException as error:
         surfaced = error
     with collective_scope(name="next", timeout=_SCOPE_TIMEOUT_S) as following:
         pass
@@ -419,12 +419,12 @@ _ALL = "body third second destroy first"
 def test_scope_cell_by_hand_is_seen_as_written(
     cell: Cell, expected: list[Seen], run: Callable[..., list[Observed]]
 ) -> None:
-    """What is written here by hand is what happens, and what the oracle says."""
+    """Cells written by hand come out as written. The oracle says the same."""
     assert expected == [_expected(cell, rank) for rank in range(cell.world_size)]
     assert expected == [o.seen for o in run(cell.world_size, _run_cell, cell)]
 
 
-# What a table would hide
+# Details a table hides
 
 
 def _raise_deep_inside() -> None:
@@ -432,7 +432,7 @@ def _raise_deep_inside() -> None:
     raise AssertionError(msg)
 
 
-def _tell_of_failure(rank: int, world_size: int) -> tuple[Any, str, Any] | None:  # noqa: ARG001
+def _tell_of_failure(rank: int, world_size: int) -> tuple[Any, str, Any] | None:
     try:
         with collective_scope(name="cell", timeout=_SCOPE_TIMEOUT_S) as scope:
             if rank == 1:
@@ -464,7 +464,7 @@ def test_scope_peer_failure_arrives_with_phase_type_message_traceback(run: Calla
     assert "LookupError: later" in text
 
 
-def _two_collective(rank: int, world_size: int) -> tuple[str, str, Any]:  # noqa: ARG001
+def _two_collective(rank: int, world_size: int) -> tuple[str, str, Any]:
     ran: list[str] = []
     surfaced = ""
     try:
@@ -482,7 +482,7 @@ def _two_collective(rank: int, world_size: int) -> tuple[str, str, Any]:  # noqa
 
 
 def test_scope_one_of_three_collective_missing_runs_the_other_two(run: Callable[..., list[Any]]) -> None:
-    """What all ranks share runs on all, in order; what one lacks runs on none and is reported."""
+    """Shared cleanups run on all ranks, in order. A missing one runs on none and is reported."""
     (ran_0, text_0, verdict_0), (ran_1, text_1, verdict_1) = run(2, _two_collective)
 
     assert "top also shared between shared bottom" == ran_0 == ran_1
@@ -495,7 +495,7 @@ def test_scope_one_of_three_collective_missing_runs_the_other_two(run: Callable[
     }
 
 
-def _in_another_order(rank: int, world_size: int) -> tuple[list[str], str, bool]:  # noqa: ARG001
+def _in_another_order(rank: int, world_size: int) -> tuple[list[str], str, bool]:
     ran: list[str] = []
     surfaced = ""
     names = ["a", "b"] if rank == 0 else ["b", "a"]
@@ -515,7 +515,7 @@ def test_scope_collective_cleanups_in_another_order_run_nowhere(run: Callable[..
     assert [([], "CleanupMismatchError", True)] * 2 == run(2, _in_another_order)
 
 
-def _fingerprint_raises(rank: int, world_size: int, raising: list[int]) -> tuple[list[str], str, Any]:  # noqa: ARG001
+def _fingerprint_raises(rank: int, world_size: int, raising: list[int]) -> tuple[list[str], str, Any]:
     ran: list[str] = []
     surfaced = ""
     try:
@@ -523,7 +523,7 @@ def _fingerprint_raises(rank: int, world_size: int, raising: list[int]) -> tuple
             fingerprint = (lambda: _raise(LookupError("no print"))) if rank in raising else (lambda: None)
             scope.collective_cleanup(ran.append, "destroy", name="destroy", fingerprint=fingerprint)
             scope.cleanup(ran.append, "top")
-    except Exception as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except Exception as error:
         surfaced = type(error).__name__
     return ran, surfaced, scope.verdict
 
@@ -540,14 +540,14 @@ def test_scope_fingerprint_that_raises_on_one_rank_counts_as_disagreement(run: C
 
 
 def test_scope_fingerprint_that_raises_on_all_ranks_raises_on_all(run: Callable[..., list[Any]]) -> None:
-    """What the fingerprints raised surfaces on every rank, whatever becomes of the cleanup."""
+    """The error of a fingerprint surfaces on every rank, whatever becomes of the cleanup."""
     results = run(2, _fingerprint_raises, [0, 1])
 
     assert ["LookupError"] * 2 == [surfaced for _, surfaced, _ in results]
     assert results[0][0] == results[1][0]
 
 
-def _interrupted_cleanup(rank: int, world_size: int, body: str) -> tuple[str, str, list[str]]:  # noqa: ARG001
+def _interrupted_cleanup(rank: int, world_size: int, body: str) -> tuple[str, str, list[str]]:
     ran: list[str] = []
     surfaced: BaseException | None = None
     try:
@@ -558,7 +558,7 @@ def _interrupted_cleanup(rank: int, world_size: int, body: str) -> tuple[str, st
             scope.cleanup(ran.append, "last")
             if body == "raises":
                 _raise(ValueError("body"))
-    except BaseException as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except BaseException as error:
         surfaced = error
     attached = getattr(surfaced, "collective_scope_errors", ())
     return type(surfaced).__name__, " ".join(type(error).__name__ for error in attached), ran
@@ -587,13 +587,13 @@ def test_scope_interrupt_in_a_cleanup_surfaces_after_the_rest_ran(
 class _RaisingHandler(logging.Handler):
     """A handler that does what pytest's does with a record it cannot format."""
 
-    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002  (given to every handler)
         """Raise."""
         msg = "the log is broken"
         raise RuntimeError(msg)
 
 
-def _with_a_broken_log(rank: int, world_size: int) -> tuple[str, bool, list[str], bool]:  # noqa: ARG001
+def _with_a_broken_log(rank: int, world_size: int) -> tuple[str, bool, list[str], bool]:
     ran: list[str] = []
     surfaced: BaseException | None = None
     own = ValueError("body")
@@ -605,7 +605,7 @@ def _with_a_broken_log(rank: int, world_size: int) -> tuple[str, bool, list[str]
             scope.cleanup(ran.append, "first")
             if rank == 1:
                 _raise(own)
-    except BaseException as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except BaseException as error:
         surfaced = error
     finally:
         logger.removeHandler(handler)
@@ -621,7 +621,7 @@ def test_scope_log_handler_that_raises_changes_nothing(run: Callable[..., list[A
     )
 
 
-def _after_barrier(rank: int, world_size: int, how: str) -> tuple[str, list[str]]:  # noqa: ARG001
+def _after_barrier(rank: int, world_size: int, how: str) -> tuple[str, list[str]]:
     ran: list[str] = []
     surfaced: BaseException | None = None
     try:
@@ -634,7 +634,7 @@ def _after_barrier(rank: int, world_size: int, how: str) -> tuple[str, list[str]
             scope.collective_cleanup(ran.append, "destroy")
             if how == "body raises" and rank == 1:
                 _raise(ValueError("body"))
-    except Exception as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except Exception as error:
         surfaced = error
     return type(surfaced).__name__, ran
 
@@ -650,7 +650,7 @@ def _after_barrier(rank: int, world_size: int, how: str) -> tuple[str, list[str]
 def test_scope_after_barrier_runs_last_and_once_on_every_path(
     how: str, expected: list[str], run: Callable[..., list[Any]]
 ) -> None:
-    """What was registered for after the barrier runs after all cleanups, last registered first."""
+    """Calls registered for after the barrier run after all cleanups, last registered first."""
     results = run(2, _after_barrier, how)
 
     assert expected == [surfaced for surfaced, _ in results]

@@ -233,9 +233,9 @@ def test_decorator_on_a_class_is_refused() -> None:
 
 
 def test_decorator_on_something_else_asks_for_the_parentheses() -> None:
-    """What is no function is refused, with the usual mistake."""
+    """A non-function is refused, with the usual mistake."""
     with pytest.raises(TypeError, match=r"decorates functions \(got 3\); did you forget the parentheses\?$"):
-        collective_scope()(3)  # type: ignore[arg-type]
+        collective_scope()(3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize(
@@ -248,14 +248,14 @@ def test_decorator_on_something_else_asks_for_the_parentheses() -> None:
     ],
 )
 def test_decorator_scope_with_something_registered_is_refused(register: Callable[[CollectiveScope], object]) -> None:
-    """What was registered on the scope itself would run in no call, so it does not decorate."""
+    """A scope with cleanups of its own does not decorate: they would run in no call."""
     calls: list[str] = []
     scope = collective_scope(name="s", cleanups=[lambda: calls.append("given")])
     register(scope)
     with pytest.raises(RuntimeError, match=r"^scope 's' has cleanups of its own and decorates _add: give them as "):
         scope(_add)
     with scope:
-        """What is registered runs here."""
+        """Its cleanups run here."""
 
     assert ["given"] == calls
 

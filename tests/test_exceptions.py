@@ -1,4 +1,4 @@
-"""What a scope raises: the tree, the facts as attributes, pickles."""
+"""Errors of a scope: the tree, the facts as attributes, pickles."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_exceptions_all_lists_the_whole_tree() -> None:
     ],
 )
 def test_exception_facts_are_attributes(cls: type[CollectiveScopeError], attribute: str, value: Any) -> None:
-    """What the message says can be had without reading the message."""
+    """The facts in a message can be had without reading it."""
     assert value == getattr(cls("text", _VERDICT), attribute)
 
 
@@ -99,10 +99,10 @@ def test_exception_copy_keeps_text_verdict_and_notes(
     """An error survives the way between processes with all that it says."""
     error = cls("line one\nline two", _VERDICT)
     error.add_note("a note")
-    error.collective_scope_errors = (PeerFailedError("another", _VERDICT),)  # type: ignore[attr-defined]
+    error.collective_scope_errors = (PeerFailedError("another", _VERDICT),)  # type: ignore[attr-defined]  # it is there, or the test fails
     again = copied(error)
 
     assert type(error) is type(again)
     assert (str(error), error.verdict, ["a note"]) == (str(again), again.verdict, again.__notes__)
-    assert ["another"] == [str(each) for each in again.collective_scope_errors]  # type: ignore[attr-defined]
+    assert ["another"] == [str(each) for each in again.collective_scope_errors]  # type: ignore[attr-defined]  # it is there, or the test fails
     assert repr(error) == repr(again)

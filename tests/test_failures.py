@@ -1,4 +1,4 @@
-"""What surfaces of all that went wrong on one rank, and what is attached to it."""
+"""The errors of one rank: the one that surfaces, and those attached to it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _attached(error: BaseException) -> list[type[BaseException]]:
     return [type(each) for each in getattr(error, "collective_scope_errors", ())]
 
 
-# What surfaces
+# Surfacing
 
 
 _PEER = Verdict("s", 2, (0, 1), outcomes={1: _FAILED})
@@ -60,7 +60,7 @@ def test_surface_is_the_bodys_then_the_cleanups_then_the_peers_and_loses_nothing
     failures = _failures(*own, *((f"cleanup '{number}'", OSError(number)) for number in range(cleanups)))
     failures.skipped += [Cleanup(print, "destroy", "t.py:3", collective=True)] if skipped else []
     mine = failures.outcome
-    if verdict is not None and not mine.ok:  # what this rank told is in the verdict; it was the first
+    if verdict is not None and not mine.ok:  # this rank's outcome is in the verdict; it was the first
         verdict = attrs.evolve(verdict, outcomes={0: attrs.evolve(mine, order=1), **verdict.outcomes})
     raised = [error for _, error in failures.raised]
     surfaced = failures.surface("s", verdict, 0)
@@ -106,7 +106,7 @@ def test_surface_earlier_failure_of_a_peer_is_attached_to_this_ranks_own() -> No
 
 
 def test_surface_error_of_an_inner_scope_with_the_same_verdict_is_not_said_twice() -> None:
-    """What ended the scope within because this one was over says it already."""
+    """The error of an inner scope that ended with this one says it already."""
     verdict = attrs.evolve(_PEER, outside={1: "s"})
     error = PeerFailedError("text", verdict)
     failures = _failures(("body", error))
@@ -160,7 +160,7 @@ def test_errors_of_a_verdict_are_what_it_says_the_most_important_first(
     assert bool(errors) == (not verdict.ok)
 
 
-# What peers are told
+# Reports to peers
 
 
 def test_outcome_is_the_first_error_and_a_bounded_list_of_the_later_ones() -> None:
@@ -173,7 +173,7 @@ def test_outcome_is_the_first_error_and_a_bounded_list_of_the_later_ones() -> No
     assert (MOST_LINES + 1, f"and {100 - MOST_LINES} more") == (len(outcome.also), outcome.also[-1])
 
 
-# What is attached
+# Attached errors
 
 
 def test_attach_to_an_exception_that_many_scopes_raise_stays_bounded() -> None:
@@ -246,7 +246,7 @@ class _Raises(logging.Handler):
         super().__init__()
         self.error = error
 
-    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002  (given to every handler)
         raise self.error
 
 
@@ -279,7 +279,7 @@ def test_log_that_is_broken_never_raises_whatever_the_exception(
 
 
 def test_log_that_is_broken_leaves_a_note(handle: Callable[[logging.Handler], None]) -> None:
-    """What could not be logged says so where it is raised."""
+    """An error that could not be logged says so in a note."""
     error = ValueError()
     handle(_Raises(OSError("no space left")))
     _failures().log("body", error, scope="s", rank=0, world_size=2)

@@ -1,4 +1,4 @@
-"""What may be passed as a group, and whose barrier it gets."""
+"""Values accepted as a group, and whose barrier each gets."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def _world(store: dist.Store) -> Iterator[dist.ProcessGroup]:
 
 
 class _Communicator:
-    """What a scope sees of mpi4py's ``COMM_SELF``."""
+    """``COMM_SELF`` of mpi4py, as a scope sees it."""
 
     def __init__(self) -> None:
         self._attribute: Any = None
 
-    def Get_rank(self) -> int:  # noqa: N802
+    def Get_rank(self) -> int:
         return 0
 
-    def Get_size(self) -> int:  # noqa: N802
+    def Get_size(self) -> int:
         return 1
 
-    def Get_attr(self, _key: int) -> Any:  # noqa: N802
+    def Get_attr(self, _key: int) -> Any:
         return self._attribute
 
-    def Set_attr(self, _key: int, value: Any) -> None:  # noqa: N802
+    def Set_attr(self, _key: int, value: Any) -> None:
         self._attribute = value
 
-    def Ibcast(self, *_: Any) -> NoReturn:  # noqa: N802
+    def Ibcast(self, *_: Any) -> NoReturn:
         raise AssertionError
 
     @staticmethod
-    def Create_keyval(**_: Any) -> int:  # noqa: N802
+    def Create_keyval(**_: Any) -> int:
         return 0
 
 
@@ -88,7 +88,7 @@ def _own_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(lambda: dist.new_group([0]), id="new-group"),
         pytest.param(_mesh, id="mesh"),
         pytest.param(lambda: _mesh_2d()["tp"], id="slice-of-a-mesh"),
-        pytest.param(lambda: _mesh_2d()._flatten(), id="flattened-mesh"),  # noqa: SLF001
+        pytest.param(lambda: _mesh_2d()._flatten(), id="flattened-mesh"),  # noqa: SLF001  (looked into on purpose)
         pytest.param(lambda: SimpleNamespace(cpu_group=dist.group.WORLD, device_group=None), id="coordinator"),
         pytest.param(lambda: RankGroup(dist.HashStore(), 0, 1), id="store-rank-and-world-size"),
         pytest.param(lambda: dist.ProcessGroup(dist.HashStore(), 0, 1), id="made-by-hand"),
@@ -129,7 +129,7 @@ class _StoreInPython(dist.Store):
     ],
 )
 def test_group_of_another_kind_is_refused_with_what_is_accepted(group: Any) -> None:
-    """What is no group is refused at entry, with the list of what is."""
+    """Other objects are refused at entry, with a list of valid ones."""
     with pytest.raises(TypeError) as caught, collective_scope(group):
         pytest.fail("the body ran")
 
@@ -239,7 +239,7 @@ def test_group_destroyed_in_the_body_is_said_where_it_matters(group: Any, caplog
 def test_group_asked_for_again_has_the_same_barrier_until_it_is_gone(store: dist.Store) -> None:
     """All scopes of a group count on one barrier; another group has its own; with a group goes its place."""
     gc.collect()
-    before = set(_membership._controls)  # noqa: SLF001
+    before = set(_membership._controls)  # noqa: SLF001  (looked into on purpose)
     group, other = RankGroup(store, 0, 2), RankGroup(store, 1, 2)
     first, again, others = find(group)[0], find(group)[0], find(other)[0]
 
@@ -253,7 +253,7 @@ def test_group_asked_for_again_has_the_same_barrier_until_it_is_gone(store: dist
 
     assert wait_until(lambda: control.broken is not None)
     # A thread a store would be left otherwise.
-    assert set(_membership._controls) <= before  # noqa: SLF001
+    assert set(_membership._controls) <= before  # noqa: SLF001  (looked into on purpose)
 
 
 @pytest.mark.parametrize(
@@ -277,19 +277,19 @@ def test_group_host_of_a_tcp_store_elsewhere_is_taken_for_global_rank_0_or_the_a
     monkeypatch.setattr(_membership, "serves_store", lambda _: False)
     store = dist.PrefixStore("a", dist.PrefixStore("b", dist.TCPStore("127.0.0.1", 0, 1, is_master=True)))
 
-    assert server == _membership._server(store, ranks, 1)  # noqa: SLF001
+    assert server == _membership._server(store, ranks, 1)  # noqa: SLF001  (looked into on purpose)
 
 
 def test_group_host_of_a_tcp_store_knows_that_it_is() -> None:
     """The rank in whose process the store lives needs no guess, whichever it is."""
     store = dist.PrefixStore("a", dist.TCPStore("127.0.0.1", 0, 1, is_master=True))
 
-    assert 1 == _membership._server(store, [0, 1], 1)  # noqa: SLF001
+    assert 1 == _membership._server(store, [0, 1], 1)  # noqa: SLF001  (looked into on purpose)
 
 
 def test_group_store_that_no_rank_serves_has_no_host(store: dist.Store) -> None:
     """Where no process serves the store, no rank needs to stay."""
-    assert None is _membership._server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001
+    assert None is _membership._server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001  (looked into on purpose)
 
 
 def test_store_whose_server_is_gone_is_not_asked_for_minutes() -> None:
@@ -299,7 +299,7 @@ def test_store_whose_server_is_gone_is_not_asked_for_minutes() -> None:
     del server
 
     with pytest.raises(RuntimeError, match=r"^the group's store at 127\.0\.0\.1, port \d+, is gone: "):
-        _membership._clone(lambda: client)  # noqa: SLF001  (what every thread connects with)
+        _membership._clone(lambda: client)  # noqa: SLF001  (every thread connects with it)
 
 
 def test_store_that_is_cut_off_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +375,7 @@ def _leave(group: Any, fn: Callable[..., object] = int, *args: Any, fails: bool)
         with scope:
             scope.collective_cleanup(fn, *args)
             if fails:
-                raise ValueError  # noqa: TRY301
+                raise ValueError
     except (ValueError, PeerFailedError) as error:
         return type(error).__name__
     return "ok" if scope.verdict is not None and scope.verdict.arrived == (0, 1) else "alone"
@@ -383,7 +383,7 @@ def _leave(group: Any, fn: Callable[..., object] = int, *args: Any, fails: bool)
 
 @dataclasses.dataclass
 class _Stateless:
-    """What vLLM's ``StatelessProcessGroup`` is: a dataclass, so that two are compared by their fields."""
+    """A dataclass like vLLM's ``StatelessProcessGroup``, so that two are compared by their fields."""
 
     rank: int
     world_size: int
@@ -410,10 +410,10 @@ def test_group_that_torch_does_not_know_joins_its_ranks(make: Callable[[dist.Sto
 
 def _be_ranks_as_threads(_rank: int, _world_size: int) -> list[tuple[float, list[str]]]:
     # torch's own tests do the same; it changes torch for the whole process.
-    import torch.testing._internal.distributed.multi_threaded_pg as threaded  # noqa: PLC0415
+    import torch.testing._internal.distributed.multi_threaded_pg as threaded  # noqa: PLC0415  (imported where it is needed)
 
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # noqa: FBT003, SLF001
-    threaded._install_threaded_pg()  # noqa: SLF001
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # noqa: SLF001  (looked into on purpose)
+    threaded._install_threaded_pg()  # noqa: SLF001  (looked into on purpose)
 
     def be(rank: int, store: dist.HashStore, _: Sequencer) -> tuple[float, list[str]]:
         dist.init_process_group("threaded", rank=rank, world_size=2, store=store)
@@ -442,7 +442,7 @@ def _leave_each_kind_of_group(rank: int, world_size: int) -> list[Any]:
     square = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("dp", "tp"))
     coordinator = SimpleNamespace(cpu_group=dist.group.WORLD, device_group=dist.group.WORLD)
     stateless = RankGroup(dist.PrefixStore("stateless", dist.group.WORLD.get_group_store()), rank, world_size)
-    groups: list[Any] = [None, dist.group.WORLD, mesh, square["dp"], square._flatten(), turned, coordinator, stateless]  # noqa: SLF001
+    groups: list[Any] = [None, dist.group.WORLD, mesh, square["dp"], square._flatten(), turned, coordinator, stateless]  # noqa: SLF001  (looked into on purpose)
     told: list[Any] = []
     for group in groups:
         for given in (group, lambda group=group: group):
@@ -473,8 +473,8 @@ def _fail_in_a_subgroup(rank: int, world_size: int) -> str | None:
         with collective_scope(group, name="s", timeout=30.0):
             if rank == world_size - 1:
                 msg = "no"
-                raise ValueError(msg)  # noqa: TRY301
-    except Exception as error:  # noqa: BLE001
+                raise ValueError(msg)
+    except Exception as error:
         return str(error).splitlines()[0]
     return "quietly"
 

@@ -21,7 +21,7 @@ print(json.dumps([me().host, me().machine, time.monotonic(), time.time(), os.lis
 mine, other = map(pathlib.Path, sys.argv[1:])
 mine.touch()
 while not other.exists():  # the kernel may give the namespace of a process that has ended to the next one
-    time.sleep(0.01)
+    time.sleep(0.01)  # a file cannot be waited for
 """
 
 
@@ -30,12 +30,12 @@ def _ask(host: Host, *flags: Path) -> Any:
 
 
 def _namespaces() -> set[str]:
-    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True, timeout=20)  # noqa: S607
+    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True, timeout=20)  # noqa: S607  (the system's own)
     return {line.split()[0] for line in done.stdout.splitlines()}
 
 
 def test_two_hosts_have_names_machines_and_clocks_of_their_own(tmp_path: Path) -> None:
-    """What the library goes by differs between the hosts, and the clocks of the second one are ahead."""
+    """The library's clues to a host differ between the two. The second one's clocks are ahead."""
     try:
         with two_hosts() as hosts, ThreadPoolExecutor(2) as threads:
             during = _namespaces()

@@ -50,7 +50,7 @@ it is through. The interpreter does not call ``__exit__`` again.
 
 
 class Injected(Exception):  # noqa: N818  (it is an event)
-    """What is raised in the middle of the library."""
+    """Raised in the middle of the library."""
 
 
 @attrs.define
@@ -59,7 +59,7 @@ class Tracer:
     Counts the library's lines on one thread, and raises at one of them.
 
     Attributes:
-        error: What to raise; None to record only.
+        error: Type to raise; None to record only.
         at: Where to raise it.
         lines: The lines that were executed, in order.
         raised: Whether it was raised.
@@ -96,10 +96,10 @@ class Tracer:
 @attrs.define
 class Seen:
     """
-    What one rank saw.
+    One rank's view.
 
     Attributes:
-        surfaced: What the scope raised.
+        surfaced: Error of the scope.
         ran: Names of the cleanups that ran, in order.
         entered: Whether the body ran.
         following: Whether the next scopes worked.
@@ -140,7 +140,7 @@ def _play(group: RankGroup, seen: Seen, tracer: Tracer | None, *, fails: bool) -
                     raise ValueError
         finally:
             sys.settrace(None)
-    except BaseException as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except BaseException as error:
         seen.surfaced = error
     # The ranks may have to meet again. One that was interrupted on its way into the scope was not in it.
     while barrier.entered < goal:

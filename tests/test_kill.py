@@ -169,7 +169,7 @@ def test_kill_after_of_a_rank_at_the_barrier_lets_it_leave(leaves: str) -> None:
         return answer
 
     # It would end this process otherwise.
-    _kill._expire(left, 0.01, is_waiting, lambda: "where all ranks are")  # noqa: SLF001
+    _kill._expire(left, 0.01, is_waiting, lambda: "where all ranks are")  # noqa: SLF001  (looked into on purpose)
 
     assert left.is_set()
 
@@ -188,7 +188,7 @@ def test_kill_after_of_a_rank_that_leaves_meanwhile_says_nothing(capfd: pytest.C
 
 
 def test_stacks_of_all_threads_are_the_users() -> None:
-    """What is dumped at last has each thread by its name, and none of this library's."""
+    """The last dump has each thread by its name, and none of this library's."""
     done = threading.Event()
     names = ("poller", "collective_scope-control")
     threads = [threading.Thread(target=done.wait, args=(PATIENCE_S,), name=name) for name in names]

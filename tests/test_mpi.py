@@ -62,7 +62,7 @@ def test_communicator_missing_rank_is_named_and_located(results: list[dict[str, 
 
 
 def test_communicator_barriers_of_the_body_do_not_pair_with_the_scope(results: list[dict[str, Any]]) -> None:
-    """What the body sends over the communicator is the body's alone."""
+    """Messages of the body over the communicator are its alone."""
     assert all(each["beside_barriers"] for each in results)
 
 

@@ -45,10 +45,10 @@ _error = ValueError("no")
 @attrs.frozen
 class Cell:
     """
-    What goes wrong in an outer scope, within which all ranks go through two nested ones.
+    A failure in an outer scope, within which all ranks go through two nested ones.
 
     Attributes:
-        how: What the failing rank raises.
+        how: Error of the failing rank.
         where: Where it does: before the nested scopes, between them, in the body of the second, or after them.
         who: The rank that fails.
         is_caught: Whether all ranks catch what a nested scope raises, if it is an ordinary error, and go on.
@@ -80,16 +80,16 @@ _ERRORS: dict[str, type[BaseException]] = {
 @attrs.frozen
 class Seen:
     """
-    What one rank saw.
+    One rank's view.
 
     Attributes:
-        outer: What the outer scope raised.
+        outer: Error of the outer scope.
         is_own: Whether that is the very object that the rank itself raised.
-        inner: What each nested scope raised.
+        inner: Error of each nested scope.
         ran: The bodies and cleanups that ran, in order.
-        outer_verdict: What the outer scope says of all ranks.
-        inner_verdicts: What the nested ones say.
-        following: What a scope says that follows.
+        outer_verdict: The outer scope's verdict on all ranks.
+        inner_verdicts: Verdicts of nested ones.
+        following: Verdict of the next scope.
     """
 
     outer: str
@@ -101,7 +101,7 @@ class Seen:
     following: Verdict
 
 
-def _run_cell(rank: int, world_size: int, cell: Cell) -> Seen:  # noqa: ARG001  (given to all that ranks run)
+def _run_cell(rank: int, world_size: int, cell: Cell) -> Seen:
     own = _ERRORS[cell.how](f"on {rank}")
     ran: list[str] = []
     inner: list[str] = []
@@ -142,7 +142,7 @@ def _run_cell(rank: int, world_size: int, cell: Cell) -> Seen:  # noqa: ARG001  
             fail(if_it_is=cell.where == "after")
             if cell.cleanup == "missing":
                 outer.collective_cleanup(ran.append, "outer collective", name="c")
-    except BaseException as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except BaseException as error:
         surfaced = error
     with scope_of(name="inner") as following:
         pass
@@ -173,7 +173,7 @@ def _expected(cell: Cell, rank: int) -> tuple[str, tuple[str, ...], tuple[str, .
             ran.append(f"cleanup {number}")
             inner.append("" if number < broken else _ERRORS[cell.how].__name__ if fails else "PeerFailedError")
         elif not fails and cell.is_caught:
-            ran.append(f"cleanup {number}")  # what a scope was given is cleaned up, also if it is refused
+            ran.append(f"cleanup {number}")  # cleanups given to a scope run, also if it is refused
             inner.append("PeerFailedError")
     if cell.cleanup == "agreed":
         ran.append("outer collective")
@@ -234,7 +234,7 @@ def _worker_that_makes_the_group(rank: int, world_size: int) -> Any:
     @collective_scope(timeout=20.0)
     def worker() -> None:
         here().init_process_group()
-        # What is known of a scope that found its group at the exit only is what it raises.
+        # A scope that found its group at the exit only is known by its error.
         if rank == 1:
             raise _error
         with collective_scope(name="inner", timeout=20.0):
@@ -267,7 +267,7 @@ def test_scope_in_one_that_was_entered_without_a_group_ends_with_it() -> None:
             assert outer.complete
 
 
-def _worker_that_fails_twice(rank: int, world_size: int) -> Any:  # noqa: ARG001  (given to all that ranks run)
+def _worker_that_fails_twice(rank: int, world_size: int) -> Any:
     inner = collective_scope(name="inner", timeout=20.0)
     try:
         with collective_scope(name="outer", timeout=20.0):
@@ -354,7 +354,7 @@ def test_scope_of_a_function_that_calls_itself_ends_with_the_others_wherever_the
 
 
 def _scope(group: RankGroup, name: str, **options: Any) -> Any:
-    return collective_scope(group, name=name, **{"timeout": LONG_S, "failure_timeout": LONG_S, **options})  # type: ignore[arg-type]
+    return collective_scope(group, name=name, **{"timeout": LONG_S, "failure_timeout": LONG_S, **options})  # type: ignore[arg-type]  # wrong on purpose
 
 
 def _next_ones(group: RankGroup) -> list[str]:
@@ -407,7 +407,7 @@ def test_scope_whose_rank_failed_in_one_around_it_raises_peer_failed_on_the_othe
 
 
 def test_scope_after_a_caught_failure_around_it_is_refused() -> None:
-    """Who catches what the nested scope raised, and goes on, starts no further body that waits for the failed rank."""
+    """A rank that catches a nested scope's error and goes on starts no further body that waits for the failed rank."""
     bodies: list[tuple[int, int]] = []
 
     def run(rank: int, group: RankGroup, _: Sequencer) -> Any:
@@ -506,7 +506,7 @@ def test_scope_whose_rank_gave_up_around_it_ends_with_that_verdict() -> None:
                 with pytest.raises(BarrierTimeoutError) as refused, _scope(group, "inner"):
                     events.append("in a refused body")
                 assert "The body of scope 'inner' was not run." in refused.value.__notes__
-                assert error.missing == refused.value.missing == (0, 2)  # noqa: PT017
+                assert error.missing == refused.value.missing == (0, 2)  # noqa: PT017  (one of several)
                 events.append(f"{rank} out")
                 raise
         if rank == 1:
@@ -584,7 +584,7 @@ def test_scope_that_one_rank_left_out_is_a_mismatch_for_those_in_it(*, fails: bo
 
     def run(rank: int, group: RankGroup, _: Sequencer) -> Any:
         inner = _scope(group, "inner")
-        with pytest.raises((ScopeMismatchError, PeerFailedError, ValueError)) as caught:  # noqa: SIM117
+        with pytest.raises((ScopeMismatchError, PeerFailedError, ValueError)) as caught:  # noqa: SIM117  (the inner one is what raises)
             with _scope(group, "another" if rank and fails else "outer", failure_timeout=0.2):
                 if rank and fails:
                     raise _error

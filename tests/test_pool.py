@@ -22,7 +22,7 @@ from tests.ranks import run_script
 
 ROOT = Path(__file__).parent.parent
 
-# What the ranks run.
+# Ranks run these.
 
 
 def note_pid(folder: str) -> None:
@@ -77,7 +77,7 @@ def skip() -> None:
 
 def spoil() -> None:
     """Fail such that these processes can make no group again."""
-    dist.init_process_group = None  # type: ignore[assignment]
+    dist.init_process_group = None  # type: ignore[assignment]  # wrong on purpose
     fail(0)
 
 
@@ -127,7 +127,7 @@ def test_pool_that_loses_a_rank_fails_one_subtest_and_runs_the_next_on_new_ranks
     """The subtest fails and says how the rank ended; the ones before and after it pass, in other processes."""
     before, starts = pids_of(pool, tmp_path), pool.starts
 
-    lost = pool.run("lost", fn, *args)  # type: ignore[arg-type]
+    lost = pool.run("lost", fn, *args)  # type: ignore[arg-type]  # wrong on purpose
 
     assert lost.status == "failed"
     assert re.search(reason, lost.reason)
@@ -157,7 +157,7 @@ def test_pool_whose_subtest_fails_before_its_collectives_keeps_its_ranks(
     """The subtest fails with its cause first, and the next one runs in the same processes."""
     before = pids_of(pool, tmp_path)
 
-    failed = pool.run("fails", fn, *args)  # type: ignore[arg-type]
+    failed = pool.run("fails", fn, *args)  # type: ignore[arg-type]  # wrong on purpose
 
     assert failed.status == "failed"
     assert min(failed.failures.values(), key=lambda outcome: outcome.order).type_name == cause
@@ -165,7 +165,7 @@ def test_pool_whose_subtest_fails_before_its_collectives_keeps_its_ranks(
 
 
 def test_pool_whose_ranks_can_make_no_group_runs_the_next_subtest_on_new_ranks(pool: Pool, tmp_path: Path) -> None:
-    """What a subtest has broken for good in its processes does not cost the next subtest."""
+    """Lasting damage to a subtest's processes does not cost the next subtest."""
     before = pids_of(pool, tmp_path)
 
     assert pool.run("spoils", spoil).status == "failed"
@@ -202,7 +202,7 @@ def test_pool_that_is_interrupted_in_a_subtest_leaves_no_rank(tmp_path: Path) ->
             os.kill(int((tmp_path / f"rank-{rank}").read_text()), 0)
 
 
-# What is told
+# Reports
 
 
 def test_pool_check_raises_what_each_rank_says_the_cause_first(pool: Pool) -> None:
@@ -226,7 +226,7 @@ def _run_four() -> None:
 def test_pool_report_has_each_subtest_once_and_no_line_within_a_row_of_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What ranks log comes in lines of their own, and the report counts all."""
+    """Logs of ranks come in lines of their own, and the report counts all."""
     with pytest.raises(ExceptionGroup, match=r"^1 of 4 subtests failed"):
         _run_four()
 

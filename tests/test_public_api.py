@@ -1,4 +1,4 @@
-"""What users may import, and what tools see of it."""
+"""Names users may import, and how tools see them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_all_lists_exactly_what_is_public_and_is_sorted() -> None:
 def test_star_import_gives_all_of_it() -> None:
     """`from collective_scope import *` works."""
     names: dict[str, Any] = {}
-    exec("from collective_scope import *", names)  # noqa: S102
+    exec("from collective_scope import *", names)  # noqa: S102  (the only way to import a star)
 
     assert set(collective_scope.__all__) <= set(names)
 

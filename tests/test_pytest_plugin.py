@@ -18,7 +18,7 @@ from tests.ranks import run_script, run_torchrun
 SUITE = Path(__file__).parent / "pytest_suite"
 
 _NO_DNS = re.compile(r"^.*The hostname of the client socket cannot be retrieved.*\n", re.MULTILINE)
-"""What torch prints because the tests keep it from asking the DNS."""
+"""Torch prints this because the tests keep it from asking the DNS."""
 
 WIDE = {"COLUMNS": "200"}
 """Lines of the summary are not cut."""
@@ -30,15 +30,15 @@ Plan = Mapping[str, tuple[list[str], dict[str, str]]]
 @attrs.frozen
 class Run:
     """
-    What came of one run of pytest on one rank.
+    The outcome of one pytest run on one rank.
 
     Attributes:
-        folder: What it wrote is there.
+        folder: Its files are there.
         exit: Its exit code.
-        stdout: What it printed there.
-        stderr: What it printed there.
-        outcomes: What became of each test, and how often: id, phase, outcome.
-        texts: What the reports of failures say, by test.
+        stdout: Its output there.
+        stderr: Its output there.
+        outcomes: Outcomes of each test, and how often: id, phase, outcome.
+        texts: Texts of the failure reports, by test.
         is_whole: Whether the session came to its end.
     """
 
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What the last line of the terminal counts, such as ``{"failed": 1, "passed": 2}``, without warnings."""
+        """Counts in the last line of the terminal, such as ``{"failed": 1, "passed": 2}``, without warnings."""
         line = next((line for line in reversed(self.stdout.splitlines()) if re.search(r" in \d+\.\d\ds", line)), "")
         counted = {
             what.rstrip("s") if what != "passed" else what: int(n) for n, what in re.findall(r"(\d+) (\w+)", line)
@@ -180,7 +180,7 @@ def test_failures_of_any_rank_are_reported_alike_by_all(suite: str, four: dict[s
 def test_failures_of_one_rank_before_or_after_collectives_are_shown_with_their_cause(
     four: dict[str, list[Run]],
 ) -> None:
-    """What each rank reports names the rank, and has its traceback and its output."""
+    """Each rank's report names the rank, and has its traceback and its output."""
     run = four["faults"][0]
     failed = [test for test in run.texts if "subtest" not in test]
 

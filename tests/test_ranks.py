@@ -39,24 +39,24 @@ class _TwoArgumentError(Exception):
         super().__init__(f"{first} {second}")
 
 
-def _sum_of_ranks(rank: int, world_size: int) -> int:  # noqa: ARG001
+def _sum_of_ranks(rank: int, world_size: int) -> int:
     tensor = torch.tensor(rank)
     dist.all_reduce(tensor)
     return int(tensor)
 
 
-def _pid(rank: int, world_size: int) -> int:  # noqa: ARG001
+def _pid(rank: int, world_size: int) -> int:
     return os.getpid()
 
 
 def _sum_and_store(rank: int, world_size: int) -> tuple[int, str]:
-    store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+    store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]  # it is there, or the test fails
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return _sum_of_ranks(rank, world_size), type(store).__name__
 
 
-def _spin_on_one(rank: int, world_size: int) -> None:  # noqa: ARG001
+def _spin_on_one(rank: int, world_size: int) -> None:
     print(f"this is rank {rank}", flush=True)
     if rank == 1:
         _spin()
@@ -67,12 +67,12 @@ def _spin() -> NoReturn:
         pass
 
 
-def _hold_the_gil(rank: int, world_size: int) -> None:  # noqa: ARG001
+def _hold_the_gil(rank: int, world_size: int) -> None:
     # One call into C that takes minutes and never lets go.
     pow(7, 10**9)
 
 
-def _leave(rank: int, world_size: int, how: str) -> str:  # noqa: ARG001
+def _leave(rank: int, world_size: int, how: str) -> str:
     if rank == 1:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -83,7 +83,7 @@ def _leave(rank: int, world_size: int, how: str) -> str:  # noqa: ARG001
     return "through"
 
 
-def _kill_peer(rank: int, world_size: int) -> None:  # noqa: ARG001
+def _kill_peer(rank: int, world_size: int) -> None:
     if rank == 0:
         here().wait_for("rank 1 is there")
         os.kill(here().pids[1], signal.SIGKILL)
@@ -92,7 +92,7 @@ def _kill_peer(rank: int, world_size: int) -> None:  # noqa: ARG001
         here().wait_for("never")
 
 
-def _raise(rank: int, world_size: int) -> None:  # noqa: ARG001
+def _raise(rank: int, world_size: int) -> None:
     if rank == 1:
         error = _TwoArgumentError("two", "words")
         error.add_note("a note")
@@ -101,17 +101,17 @@ def _raise(rank: int, world_size: int) -> None:  # noqa: ARG001
         raise SystemExit(5)
 
 
-def _raise_group(rank: int, world_size: int) -> None:  # noqa: ARG001
+def _raise_group(rank: int, world_size: int) -> None:
     msg = "both"
     raise ExceptionGroup(msg, [ValueError("one"), KeyError("two")])
 
 
-def _interrupt_itself(rank: int, world_size: int) -> None:  # noqa: ARG001
+def _interrupt_itself(rank: int, world_size: int) -> None:
     os.kill(os.getpid(), signal.SIGINT)
     here().wait_for("never")
 
 
-def _return_lock(rank: int, world_size: int) -> Any:  # noqa: ARG001
+def _return_lock(rank: int, world_size: int) -> Any:
     return threading.Lock()
 
 
@@ -120,16 +120,16 @@ class _UnloadableError(Exception):
         super().__init__(word)
 
 
-def _return_unloadable(rank: int, world_size: int) -> Any:  # noqa: ARG001
+def _return_unloadable(rank: int, world_size: int) -> Any:
     return _UnloadableError(word="w")
 
 
-def _start_child(rank: int, world_size: int) -> int:  # noqa: ARG001
+def _start_child(rank: int, world_size: int) -> int:
     command = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
     return subprocess.Popen(command, start_new_session=True).pid
 
 
-def _freeze_store(rank: int, world_size: int) -> tuple[str, bool]:  # noqa: ARG001
+def _freeze_store(rank: int, world_size: int) -> tuple[str, bool]:
     pid = here().store_pid
     assert pid is not None
     if rank == 0:
@@ -140,7 +140,7 @@ def _freeze_store(rank: int, world_size: int) -> tuple[str, bool]:  # noqa: ARG0
     here().announce(f"rank {rank} has looked")
     here().wait_for(f"rank {1 - rank} has looked")
     thaw(pid)
-    store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+    store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]  # it is there, or the test fails
     return state, store.add("arrived", 1) > 0
 
 
@@ -153,7 +153,7 @@ def _meet_twice(rank: int, world_size: int) -> list[int]:
     return sums
 
 
-def _write(rank: int, world_size: int, text: str) -> None:  # noqa: ARG001
+def _write(rank: int, world_size: int, text: str) -> None:
     print(f"{text} to stdout")
     print(f"{text} to stderr", file=sys.stderr)
 
@@ -174,7 +174,7 @@ def _started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         pids.append(process.pid)
         return process
 
-    monkeypatch.setattr(ranks._Process, "start", note)  # noqa: SLF001
+    monkeypatch.setattr(ranks._Process, "start", note)  # noqa: SLF001  (looked into on purpose)
     return pids
 
 
@@ -294,7 +294,7 @@ def test_run_ranks_unexpected_end_fails() -> None:
 
 
 def test_run_ranks_raised_error_arrives_as_text() -> None:
-    """What a rank raises arrives with type, message, notes and traceback."""
+    """An error of a rank arrives with type, message, notes and traceback."""
     results = run_ranks(3, _raise, init=False)
     error = results[1].error
 
@@ -407,7 +407,7 @@ def test_pool_rank_killed_between_functions_is_replaced() -> None:
 
 
 def test_pool_child_of_a_rank_is_ended_with_the_pool() -> None:
-    """What a rank started is ended as well, even in a session of its own."""
+    """A rank's child is ended as well, even in a session of its own."""
     with RankPool(2, init=False) as pool:
         children = values(pool.run(_start_child))
         assert all(map(_is_alive, children))
@@ -444,7 +444,7 @@ def test_run_threads_error_is_the_object_that_was_raised() -> None:
     """A thread's exception is handed over as itself."""
     error = ValueError("mine")
 
-    def raise_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:  # noqa: ARG001
+    def raise_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:
         if rank == 1:
             raise error
 
@@ -467,7 +467,7 @@ def test_run_threads_hung_thread_fails_with_stacks() -> None:
     """A thread that hangs fails the test, by name and with its stack."""
     release = threading.Event()
 
-    def hang_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:  # noqa: ARG001
+    def hang_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:
         if rank == 1:
             release.wait()
 

@@ -66,7 +66,7 @@ def test_peers_failed_in_a_later_scope_of_the_group_puts_the_first_failure_first
 
 
 def test_peers_failed_later_errors_of_a_rank_follow_its_first() -> None:
-    """What else went wrong on a rank is in its line."""
+    """Later errors of a rank are in its line."""
     outcomes = {0: OK, 1: _failed("no", also=("cleanup 'a': KeyError: 1", "cleanup 'b': KeyError: 2"))}
 
     assert (
@@ -78,7 +78,7 @@ def test_peers_failed_later_errors_of_a_rank_follow_its_first() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        # What torch 2.13 and 2.11, gloo, NCCL and UCX say when a peer is gone or has given up.
+        # Texts of torch 2.13 and 2.11, gloo, NCCL and UCX when a peer is gone or has given up.
         pytest.param(
             "RuntimeError", "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1", id="gloo"
         ),
@@ -210,7 +210,7 @@ def test_missing_rank_that_told_its_failure_is_told_apart() -> None:
 
 
 def test_missing_reason_replaces_the_advice() -> None:
-    """What is known takes the place of what is guessed."""
+    """A known reason takes the place of a guess."""
     text = _report.missing(_verdict(2, outcomes={0: OK}, missing=(1,), timeout=1.0, reason="the store is frozen"))
 
     assert text.endswith("\n  The store is frozen.")
@@ -287,7 +287,7 @@ def test_missing_in_a_subgroup_has_global_ranks() -> None:
 
 
 def test_lost_rank_is_named_before_missing_ones() -> None:
-    """Who is known to be gone comes first; those of whom nothing is known are listed."""
+    """Ranks known to be gone come first. Those of which nothing is known are listed."""
     verdict = _verdict(3, outcomes={1: OK}, lost=(0,), missing=(2,), timeout=2.0, reason="the store is gone")
 
     assert _report.lost(verdict).splitlines() == [
@@ -300,7 +300,7 @@ def test_lost_rank_is_named_before_missing_ones() -> None:
 
 
 def test_lost_at_an_entry_says_that_the_body_was_not_run() -> None:
-    """What arrived there is the rank, not its body."""
+    """The rank arrived there, not its body."""
     lines = _report.lost(_verdict(2, stage="entry", outcomes={1: OK}, lost=(0,), timeout=0.1)).splitlines()
 
     assert "rank 0 of 2 lost at the entry of scope 'ep4' after 0.1 s" == lines[0]
@@ -351,7 +351,7 @@ _FRAMES = '  File "t.py", line 1, in test\n    dist.all_reduce(x)\n'
     ],
 )
 def test_missing_rank_is_shown_where_it_is(place: Place, text: str) -> None:
-    """What is known of a missing rank is in its line; a guess is there only where nothing else explains the silence."""
+    """Facts about a missing rank are in its line. A guess is there only where nothing else explains the silence."""
     where = {1: attrs.evolve(place, frames=_FRAMES), 2: place}
     lines = _report.missing(_verdict(4, missing=(1, 2, 3), where=where, timeout=1.0, reason="over")).splitlines()
 
@@ -428,7 +428,7 @@ def test_attached_error_has_phase_type_and_message(text: str, *, in_full: bool) 
 
 
 def test_skipped_cleanups_are_named_with_their_place() -> None:
-    """What a rank did not run is told with the place of its registration, and what becomes of it."""
+    """A cleanup not run is told with the place of its registration, and what becomes of it."""
     cleanups = [Cleanup(print, name, f"t.py:{line}") for line, name in enumerate("ab")]
     text = _notes.skipped(cleanups)
 

@@ -132,7 +132,7 @@ def test_scope_whatever_fails_every_cleanup_runs_once(failing: str, calls: list[
 
 
 def test_scope_cleanup_registered_by_a_cleanup_runs_in_the_same_teardown(calls: list[str]) -> None:
-    """What a cleanup registers still runs: at once if local, after the barrier if for then."""
+    """A cleanup's registrations still run: at once if local, after the barrier if for then."""
 
     def register() -> None:
         calls.append("registers")
@@ -255,19 +255,19 @@ def test_cleanup_that_nobody_would_await_is_refused(method: str, fn: Callable[[]
 def test_scope_cleanups_that_are_no_list_are_refused() -> None:
     """One function in place of a list of them is named."""
     with pytest.raises(TypeError, match=r"^cleanups must be a list of functions \(got <built-in function print>\)$"):
-        collective_scope(cleanups=print)  # type: ignore[arg-type]
+        collective_scope(cleanups=print)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_scope_collective_cleanup_with_a_name_that_is_no_text_is_refused() -> None:
     """A name that could not be compared is refused at the registration; nothing is skipped because of it."""
     with pytest.raises(TypeError, match=r"^name must be a text \(got 7\)$"):
-        collective_scope().collective_cleanup(print, name=7)  # type: ignore[arg-type]
+        collective_scope().collective_cleanup(print, name=7)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_scope_fingerprint_that_cannot_be_called_is_refused() -> None:
     """A fingerprint is a function: it is asked in the teardown, not at the registration."""
     with pytest.raises(TypeError, match=r"^fingerprint must be callable \(got 3\)$"):
-        collective_scope().collective_cleanup(print, fingerprint=3)  # type: ignore[arg-type]
+        collective_scope().collective_cleanup(print, fingerprint=3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_scope_fingerprint_that_cannot_be_called_is_refused() -> None:
     ],
 )
 def test_scope_registration_after_the_exit_is_refused(register: Callable[[CollectiveScope], object]) -> None:
-    """What would never run or be released is refused."""
+    """Things never to run or be released are refused."""
     with collective_scope(name="s") as scope:
         pass
 
@@ -292,7 +292,7 @@ def test_scope_registration_after_the_exit_is_refused(register: Callable[[Collec
 
 
 def test_scope_registration_before_the_entry_counts(calls: list[str]) -> None:
-    """What is registered before the `with` runs in its teardown."""
+    """Cleanups registered before the `with` run in its teardown."""
     scope = collective_scope()
     scope.cleanup(calls.append, "early")
     with scope:
@@ -332,7 +332,7 @@ def test_enter_context_is_left_in_the_teardown_with_the_error_of_the_body(*, fai
     assert (seen[1][2] is not None) == failing
 
 
-def test_enter_context_is_told_of_a_cleanup_that_failed_before(unlogged: None) -> None:  # noqa: ARG001
+def test_enter_context_is_told_of_a_cleanup_that_failed_before(unlogged: None) -> None:
     """A transaction is not committed when a cleanup above it has failed; the first error is the one it sees."""
     seen: list[object] = []
 
@@ -351,12 +351,12 @@ def test_enter_context_is_told_of_a_cleanup_that_failed_before(unlogged: None) -
 
 
 def test_enter_context_of_something_else_is_refused() -> None:
-    """What is no context manager is refused, and nothing of it is called."""
+    """Objects of other types are refused, and nothing of them is called."""
     with (
         pytest.raises(TypeError, match=r"^enter_context\(\) takes a context manager \(got 3\)$"),
         collective_scope() as scope,
     ):
-        scope.enter_context(3)  # type: ignore[arg-type]
+        scope.enter_context(3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_enter_context_that_fails_to_enter_is_not_left(calls: list[str]) -> None:
@@ -407,7 +407,7 @@ def test_scope_bound_method_keeps_its_object_until_after_the_barrier(register: s
 
 @pytest.mark.parametrize("register", ["cleanups", "cleanup", "collective_cleanup", "after_barrier"])
 def test_scope_that_has_been_left_keeps_nothing_alive(register: str) -> None:
-    """Whatever was given or registered goes with the exit, although the scope itself is still referred to."""
+    """Cleanups given or registered go with the exit, although the scope itself is still referred to."""
     thing = _Thing()
     reference = weakref.ref(thing)
     with collective_scope(cleanups=[thing.method] if register == "cleanups" else []) as scope:
@@ -419,7 +419,7 @@ def test_scope_that_has_been_left_keeps_nothing_alive(register: str) -> None:
     assert reference() is None
 
 
-# What is kept for ever
+# Objects kept for ever
 
 
 def _die(reference: weakref.ref[Any]) -> bool:
@@ -439,7 +439,7 @@ def _use(scope: CollectiveScope, register: Callable[[CollectiveScope, _Thing], o
 
 
 def test_collective_cleanup_that_a_peer_lacks_is_kept_alive_for_ever() -> None:
-    """What was not run on all ranks is named on the rank that has it, and its destructor never runs there alone."""
+    """A cleanup not run on all ranks is named on the rank that has it. Its destructor never runs there alone."""
 
     def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[bool, str]:
         scope = collective_scope(group, name="s")
@@ -474,7 +474,7 @@ def test_scope_with_a_missing_rank_keeps_what_that_may_still_use(
 
     def run(rank: int, group: RankGroup, sequencer: Sequencer) -> tuple[bool, str] | None:
         if rank == 1:
-            return sequencer.wait_for("rank 0 has given up")  # type: ignore[func-returns-value]
+            return sequencer.wait_for("rank 0 has given up")  # type: ignore[func-returns-value]  # for its effect
         reference, text = _use(collective_scope(group, timeout=0.1), register)
         sequencer.announce("rank 0 has given up")
         return _die(reference), text
@@ -610,7 +610,7 @@ def test_scope_name_defaults_to_file_and_line() -> None:
 def test_scope_name_of_another_type_is_refused() -> None:
     """A name is text; anything else is refused at once."""
     with pytest.raises(TypeError, match=r"^name must be a text \(got 3\)$"):
-        collective_scope(name=3)  # type: ignore[arg-type]
+        collective_scope(name=3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_scope_verdict_comes_with_the_exit() -> None:
@@ -665,7 +665,7 @@ def test_scope_times_come_from_argument_or_environment_or_default(
         if name in environment:
             monkeypatch.setenv(f"COLLECTIVE_SCOPE_{name}", environment[name])
 
-    options = collective_scope(**arguments)._options  # noqa: SLF001  (what barriers make of them is tested with those)
+    options = collective_scope(**arguments)._options  # noqa: SLF001  (tests of barriers cover their use)
     names = ("timeout", "failure_timeout", "heartbeat_timeout", "warn_after")
     assert expected == tuple(getattr(options, name) for name in names)
 
@@ -707,7 +707,7 @@ def test_scope_time_in_the_environment_that_makes_no_sense_is_refused_by_its_nam
     assert collective_scope(timeout=1) is not None
 
 
-# What surfaces
+# Surfacing
 
 
 _SKIP = pytest.skip.Exception
@@ -770,7 +770,7 @@ def test_scope_errors_after_the_one_of_the_body_are_attached_to_it() -> None:
         raise body
 
     assert body is caught.value
-    assert (first, second) == body.collective_scope_errors  # type: ignore[attr-defined]
+    assert (first, second) == body.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
     assert body.__notes__ == [
         f"In addition, cleanup '_raise': {__name__}._CleanupError: first",
         f"In addition, after_barrier '_raise': {__name__}._CleanupError: second",
@@ -797,7 +797,7 @@ def test_scope_interrupt_in_a_cleanup_outranks_ordinary_errors(
 
     assert interrupt is caught.value
     assert ["bottom"] == calls
-    assert tuple(each for each in (body, other) if each is not None) == interrupt.collective_scope_errors  # type: ignore[attr-defined]
+    assert tuple(each for each in (body, other) if each is not None) == interrupt.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
 
 
 def test_scope_interrupt_in_the_body_stays_before_one_in_a_cleanup() -> None:
@@ -808,7 +808,7 @@ def test_scope_interrupt_in_the_body_stays_before_one_in_a_cleanup() -> None:
         raise first
 
     assert first is caught.value
-    assert (second,) == first.collective_scope_errors  # type: ignore[attr-defined]
+    assert (second,) == first.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
 
 
 class _NoAttributesError(Exception):
@@ -860,7 +860,7 @@ def test_scope_errors_of_nested_scopes_are_all_attached() -> None:
             inner.cleanup(_raise, inner_error)
             raise body
 
-    assert (inner_error, outer_error) == body.collective_scope_errors  # type: ignore[attr-defined]
+    assert (inner_error, outer_error) == body.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
     assert 2 == len(body.__notes__)
 
 
@@ -878,7 +878,7 @@ def test_scope_error_whose_str_raises_surfaces_and_is_attached() -> None:
         raise body
 
     assert body is caught.value
-    assert (later,) == body.collective_scope_errors  # type: ignore[attr-defined]
+    assert (later,) == body.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
     assert "<its str() raised LookupError>" == _verdict(scope).failures[0].message
 
 
@@ -896,7 +896,7 @@ def test_scope_refused_at_entry_is_left_and_its_error_leaves_no_reference_cycle(
 
     def run(rank: int, group: RankGroup, sequencer: Sequencer) -> list[Any] | None:
         if rank == 1:
-            return sequencer.wait_for("rank 0 has given up")  # type: ignore[func-returns-value]
+            return sequencer.wait_for("rank 0 has given up")  # type: ignore[func-returns-value]  # for its effect
         scopes = [collective_scope(group, timeout=0.1) for _ in range(3)]
         references = [enter(scope) for scope in scopes]
         sequencer.announce("rank 0 has given up")
@@ -947,13 +947,13 @@ def test_fail_surfaces_at_the_exit_as_if_the_body_had_raised_it(calls: list[str]
 
 
 def test_fail_before_the_body_raises_is_attached_to_that() -> None:
-    """What the body raises after all surfaces; what it had reported is not lost."""
+    """A later error of the body surfaces. The one it had reported is not lost."""
     reported, raised = _BodyError("reported"), ValueError("raised")
     with pytest.raises(ValueError, match="raised") as caught, collective_scope() as scope:
         scope.fail(reported)
         raise raised
 
-    assert (reported,) == caught.value.collective_scope_errors  # type: ignore[attr-defined]
+    assert (reported,) == caught.value.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
 
 
 def _has_told_of_a_failure(group: RankGroup, rank: int) -> bool:
@@ -983,7 +983,7 @@ def test_fail_against_the_rules_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"^scope 's' can fail in its body only"):
         scope.fail(_BodyError())
     with scope, pytest.raises(TypeError, match=r"^error must be an exception \(got 'no'\)$"):
-        scope.fail("no")  # type: ignore[arg-type]
+        scope.fail("no")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(RuntimeError, match=r"^scope 's' can fail in its body only"):
         scope.fail(_BodyError())
 
@@ -1150,7 +1150,7 @@ def test_scope_that_a_forked_child_unwinds_through_is_its_parents() -> None:
 def test_scope_left_on_any_path_leaves_no_reference_cycle(failing: str) -> None:
     """When the error and the scope are dropped they go at once, without the cyclic collector."""
 
-    class Watched(Exception):  # noqa: N818
+    class Watched(Exception):  # noqa: N818  (no error)
         pass
 
     references: list[weakref.ref[Any]] = []
@@ -1178,9 +1178,9 @@ def test_scope_left_on_any_path_leaves_no_reference_cycle(failing: str) -> None:
                 if failing in ("body", "interrupt in a cleanup"):
                     fail()
                 if failing == "peer":
-                    raise PeerFailedError(failing, Verdict("s", 2))  # noqa: TRY301
-        except BaseException as error:  # noqa: BLE001
-            assert type(error).__name__ in {  # noqa: PT017
+                    raise PeerFailedError(failing, Verdict("s", 2))
+        except BaseException as error:
+            assert type(error).__name__ in {  # noqa: PT017  (one of several)
                 "Watched",
                 "ExceptionGroup",
                 "KeyboardInterrupt",
@@ -1210,7 +1210,7 @@ def test_scope_raising_for_its_peers_leaves_no_reference_cycle() -> None:
             with collective_scope(group) as scope:
                 references.append(weakref.ref(scope))
                 if rank == 1:
-                    raise _BodyError  # noqa: TRY301
+                    raise _BodyError
         except (_BodyError, PeerFailedError) as error:
             references.append(weakref.ref(error))
 
@@ -1247,7 +1247,7 @@ class _Handler(logging.Handler):
         super().__init__()
         self._emit = emit
 
-    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002  (given to every handler)
         self._emit()
 
 
@@ -1314,7 +1314,7 @@ class _MappingError(Exception):
 def test_scope_failure_that_cannot_be_logged_or_formatted_costs_neither_cleanups_nor_barrier(
     where: str, make: Callable[[], Exception], emit: Callable[[], object] | None
 ) -> None:
-    """Whatever the log and the exception do, every cleanup runs, the peers are told, and no error vanishes."""
+    """Every cleanup runs, the peers are told, and no error vanishes, whatever the log and the exception do."""
 
     def run(rank: int, group: RankGroup, _: Sequencer) -> tuple[list[str], bool, Verdict | None, bool]:
         calls: list[str] = []
@@ -1331,8 +1331,8 @@ def test_scope_failure_that_cannot_be_logged_or_formatted_costs_neither_cleanups
                     scope.cleanup(_raise, error if where == "cleanup" else _CleanupError())
                 scope.cleanup(calls.append, "last")
                 if rank == 1 and where == "body":
-                    raise error  # noqa: TRY301
-        except BaseException as surfaced:  # noqa: BLE001
+                    raise error
+        except BaseException as surfaced:
             raised = surfaced
         told = [raised, *_members(raised), *vars(raised or error).get("collective_scope_errors", ())]
         with collective_scope(group, timeout=5.0) as following:
@@ -1361,7 +1361,7 @@ def _fail_in_a_decorated_function() -> None:
 
 @pytest.mark.parametrize("where", ["decorated", "cleanup", "after_barrier", "enter_context"])
 def test_scope_failure_is_shown_without_frames_of_the_library(where: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What is logged, and what peers are told, has the lines of the test and of what it called, and no others."""
+    """The log and the report to peers have the lines of the test and of functions it called, and no others."""
     scope = collective_scope()
     if where == "decorated":
         with pytest.raises(_BodyError):
@@ -1518,18 +1518,18 @@ def test_lockstep_gc_nested_stays_off_until_the_outermost_exit() -> None:
 @pytest.mark.parametrize("failing", [False, True], ids=["ok", "failed"])
 @pytest.mark.usefixtures("collected")
 def test_lockstep_gc_collects_the_garbage_of_the_body_before_the_cleanups(*, failing: bool) -> None:
-    """What the body left in cycles, or in the frames of its failure, is gone when cleanups run; not before."""
+    """Objects the body left in cycles, or in frames of its failure, are gone when cleanups run, not before."""
     references: list[weakref.ref[_Thing]] = []
 
     def litter() -> None:
         thing = _Thing()
-        thing.itself = thing  # type: ignore[attr-defined]
+        thing.itself = thing  # type: ignore[attr-defined]  # it is there, or the test fails
         references.append(weakref.ref(thing))
         in_a_frame = _Thing()
         references.append(weakref.ref(in_a_frame))
         if failing:
             try:
-                raise _BodyError  # noqa: TRY301
+                raise _BodyError
             except _BodyError as cause:
                 msg = "effect"
                 raise ValueError(msg) from cause
@@ -1552,7 +1552,7 @@ def test_lockstep_gc_collects_whatever_the_failure_of_the_body_does() -> None:
     with pytest.raises(_GroupError), collective_scope(lockstep_gc=True) as scope:
         scope.cleanup(lambda: seen.append(references[0]() is None))
         thing = _Thing()
-        thing.itself = thing  # type: ignore[attr-defined]
+        thing.itself = thing  # type: ignore[attr-defined]  # it is there, or the test fails
         references.append(weakref.ref(thing))
         del thing
         raise error

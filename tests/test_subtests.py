@@ -46,7 +46,7 @@ def _sum_of_ranks() -> float:
 
 @attrs.define
 class Seen:
-    """What one rank saw of a loop: id, status, reason, and what it raised, of each subtest; the end; what was printed."""
+    """A loop as one rank saw it: id, status, reason and error of each subtest; the end; the printed text."""
 
     results: list[tuple[str, str, str, str]]
     end: str
@@ -69,7 +69,7 @@ def _play(rank: int, world_size: int, name: str, bodies: Mapping[str, Callable[[
             for id_, body in bodies.items():
                 with subtests.test(id_):
                     body()
-    except BaseException as error:  # noqa: BLE001  (what surfaces is what is tested)
+    except BaseException as error:
         end = error
     world.destroy()
     results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
@@ -88,7 +88,7 @@ def _statuses(seen: Seen) -> dict[str, str]:
     return {id_: status for id_, status, *_ in seen.results}
 
 
-# What becomes of each
+# Outcome of each
 
 
 def _mixed(rank: int, world_size: int) -> Seen:
@@ -252,7 +252,7 @@ def _go_on_with_a_dead_group(rank: int, _world_size: int) -> tuple[dict[str, str
     group = dist.new_group(timeout=timedelta(seconds=1))
     logged: list[tuple[str, bool]] = []
     handler = logging.Handler()
-    handler.emit = lambda record: logged.append((record.getMessage(), bool(record.exc_info)))  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append((record.getMessage(), bool(record.exc_info)))  # type: ignore[method-assign]  # replaced on purpose
     logging.getLogger("collective_scope").addHandler(handler)
 
     def body(*, fails: bool) -> None:
@@ -406,7 +406,7 @@ def test_subtests_with_a_wrong_option_say_the_rule_and_the_value(options: dict[s
         Subtests(**options)
 
 
-# What is judged
+# Judgements
 
 
 def _verdict(outcomes: Mapping[int, Outcome], world_size: int = 2, missing: tuple[int, ...] = ()) -> Verdict:

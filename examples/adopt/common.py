@@ -1,5 +1,5 @@
 """
-What the suites have in common: the tests that they run, the failure that is injected, the start of two ranks.
+Common parts of the suites: the tests that they run, the failure that is injected, the start of two ranks.
 
     python -m examples.adopt.vllm_parallel_worker after --fails early
     torchrun --nproc-per-node 2 -m examples.adopt.vllm_parallel_worker after --fails early

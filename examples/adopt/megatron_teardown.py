@@ -1,7 +1,7 @@
 """
 Megatron's `destroy_model_parallel`: pytest on each rank, groups made in `setup_method`, a barrier in the teardown.
 
-The barrier was put there so that no rank destroys its groups while a peer uses them. What it raises is swallowed.
+The barrier was put there so that no rank destroys its groups while a peer uses them. Its errors are swallowed.
 """
 
 from collections.abc import Callable, Iterator

@@ -30,7 +30,7 @@ class InScope(MultiProcessTestCase):
         # Each test makes the default group itself: it is looked up at the exit.
         return super().join_or_run(collective_scope(failure_timeout=2)(fn))
 
-    # What PyTorch's tests have anyway.
+    # PyTorch's tests have this anyway.
 
     world_size = WORLD_SIZE
 

@@ -16,7 +16,7 @@ def create_shared_buffer(size: int) -> torch.Tensor:
     return torch.zeros(size)
 
 
-def free_shared_buffer(buffer: torch.Tensor) -> None:  # noqa: ARG001  (what would be freed)
+def free_shared_buffer(buffer: torch.Tensor) -> None:  # noqa: ARG001  (it would be freed)
     dist.barrier()
 
 

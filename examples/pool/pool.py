@@ -91,9 +91,9 @@ class Pool:
         Run ``fn(*args)`` on all ranks as the subtest *name*; return what became of it.
 
         Args:
-            name: What the subtest is called.
+            name: The subtest's name.
             fn: Importable. `collective_scope.current_scope` returns its scope.
-            args: What it is called with; can be pickled.
+            args: Its arguments; can be pickled.
             ranks: How many ranks take part, the lowest ones. A change costs a new group. 0: all.
             report: Where to keep the result, if not only here.
 

@@ -39,7 +39,7 @@ BACKEND_SUPPORTED_QUANTS: dict[str, tuple[str | None, ...]] = {
 BACKENDS = tuple(BACKEND_SUPPORTED_QUANTS)
 
 VLLM_BACKENDS = {"deepep_high_throughput": "deep_ep", "deepep_low_latency": "deep_ep_low_latency"}
-"""What vLLM calls backends that have another name here."""
+"""Names in vLLM of backends with another name here."""
 
 DEEPEP_LOW_LATENCY_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 """Hidden sizes that its kernels are compiled for."""
@@ -106,7 +106,7 @@ class MoETestConfig:
 
     @property
     def switches(self) -> dict[str, bool]:
-        """What is on or off."""
+        """The on-off fields."""
         return {field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.type == "bool"}
 
     def id(self) -> str:
@@ -234,7 +234,7 @@ def why_invalid(config: MoETestConfig, capability: tuple[int, int] | None = None
     Return every reason why *config* is not a valid combination; none if it is.
 
     Args:
-        config: What to judge.
+        config: One to judge.
         capability: A device's compute capability, if what this device has to emulate is invalid; None: all is emulated.
     """
     reasons = [reason for reason, applies in RULES if applies(config)]

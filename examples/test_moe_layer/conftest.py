@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "config" not in metafunc.fixturenames:
         return
     from .config import BACKENDS, PARALLEL_COMBOS  # noqa: PLC0415 -- imports torch, which --help can do without
-    from .selection import default_device_type, select, select_ids  # noqa: PLC0415
+    from .selection import default_device_type, select, select_ids  # noqa: PLC0415  (imported where it is needed)
 
     is_parallel = metafunc.function.__name__ == "test_moe_layer"
     if ids := metafunc.config.getoption("subtests"):

@@ -36,12 +36,12 @@ def drop_first_token(layer: MoELayer) -> None:
         weights[:1] = 0.0
         return weights, experts
 
-    layer.route = route_without_first_token  # type: ignore[method-assign]
+    layer.route = route_without_first_token  # type: ignore[method-assign]  # replaced on purpose
 
 
 @attrs.frozen
 class Mutation:
-    """What is broken: the weights before they are split, or the layer once it is built."""
+    """A broken part: the weights before they are split, or the layer once it is built."""
 
     on_data: Callable[[MoETestData], MoETestData] = lambda data: data
     on_layer: Callable[[MoELayer], object] = id

@@ -19,7 +19,7 @@ E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 BLOCK = 128
 NVFP4_GROUP = 16
 NVFP4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What two bits of exponent and one of mantissa (e2m1) can say; a sign comes on top."""
+"""Values of two bits of exponent and one of mantissa (e2m1); a sign comes on top."""
 
 TINY = 1e-12
 """Stands in for a scale of zero."""
@@ -31,7 +31,7 @@ class QuantizedWeights:
     The weights of some experts, unquantized; the other classes refine it.
 
     Attributes:
-        values: what is multiplied, experts stacked, (experts, out, in).
+        values: the factors, experts stacked, (experts, out, in).
     """
 
     values: Tensor

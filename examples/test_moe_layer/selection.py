@@ -1,4 +1,4 @@
-"""Which configurations to run: all, or few that touch every pair of values, or those with given ids."""
+"""The configurations to run: all, or few that touch every pair of values, or those with given ids."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def test_config_id_of_vllm_is_understood(text: str, here: str) -> None:
     ],
 )
 def test_subtests_id_that_cannot_run_is_skipped_with_a_reason(text: str, reason: str) -> None:
-    """What stands for nothing that can run here is refused in words, not run as something else."""
+    """An id of nothing that can run here is refused in words, not run as something else."""
     configs, [why] = select_ids([text], "cpu")
 
     assert configs == []
@@ -275,7 +275,7 @@ def test_subtests_on_the_command_line_run_what_is_known_and_skip_the_rest(pytest
     ],
 )
 def test_break_that_makes_no_sense_is_refused(text: str, reason: str) -> None:
-    """What cannot be injected is an error that states the rule, before anything is started."""
+    """An impossible break is an error that states the rule, before anything is started."""
     with pytest.raises(ValueError, match=reason):
         Break.from_text(text)
 
@@ -337,7 +337,7 @@ def test_layout_larger_than_the_machine_is_skipped_with_a_message(monkeypatch: p
 
 def test_capability_leaves_out_what_a_device_would_have_to_emulate() -> None:
     """As in vLLM, fp4 needs Blackwell; without a capability nothing is left out, since all can be emulated."""
-    config = MoETestConfig(1, 128, 256, 8, 2, torch.bfloat16, "modelopt_fp4", False, False, False)  # noqa: FBT003
+    config = MoETestConfig(1, 128, 256, 8, 2, torch.bfloat16, "modelopt_fp4", False, False, False)  # noqa: FBT003  (positional)
     fp8 = attrs.evolve(config, quantization="fp8")
 
     assert is_valid_config(config) == is_valid_config(config, (10, 0)) == (True, None)
@@ -363,7 +363,7 @@ def test_uneven_tokens_differ_between_data_parallel_ranks_down_to_none() -> None
 
 
 def test_invalid_combinations_all_have_a_reason_in_words() -> None:
-    """What is neither valid nor explained does not exist."""
+    """Every combination is valid or explained."""
     lines = [line for line in explain_invalid(3) if "combinations)" not in line]
     invalid = [config for config in all_combinations(LAYOUTS, BACKENDS) if why_invalid(config)]
 

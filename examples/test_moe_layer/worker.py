@@ -1,4 +1,4 @@
-"""What every rank runs: its groups, and one configuration, which is the body of a subtest."""
+"""Code of every rank: its groups, and one configuration, which is the body of a subtest."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Break:
 @attrs.frozen
 class Options:
     """
-    What a run does beside its configurations; travels to every rank.
+    Extras of a run beside its configurations; sent to every rank.
 
     Attributes:
         breaks: failures that are asked for.
@@ -112,7 +112,7 @@ def make_groups(store: dist.Store, device_type: str = "cpu") -> ProcessGroupInfo
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    pair = dist.new_subgroups(2)[0] if world_size > 2 else None  # type: ignore[no-untyped-call]
+    pair = dist.new_subgroups(2)[0] if world_size > 2 else None  # type: ignore[no-untyped-call]  # torch has no types there
     return ProcessGroupInfo(rank, world_size, device, pair)
 
 

@@ -66,10 +66,10 @@ def check() -> bool:
     world = default_group()
     found = _groups.find(world)
     assert world is not None  # noqa: S101  (for the type checker)
-    assert found is not None  # noqa: S101
-    assert found[0].barrier is not None  # noqa: S101
+    assert found is not None  # noqa: S101  (for the type checker)
+    assert found[0].barrier is not None  # noqa: S101  (for the type checker)
     store = store_of(world)
-    assert store is not None  # noqa: S101
+    assert store is not None  # noqa: S101  (for the type checker)
     control = found[0].barrier.control
     barrier, scope = median(dist.barrier), median(lambda: leave("check"))
     trip = median(lambda: store.add("collective_scope check", 0))
@@ -89,7 +89,7 @@ def check() -> bool:
     broken = {rank: each[5] for rank, each in enumerate(everyone) if each[5] is not None}
     print_once(f"control      {f'ends early: {broken}' if broken else 'its thread is alive on every rank'}")
     if torch.cuda.is_available() and dist.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch has no types there
         print_once(f"GPUs         {torch.cuda.device_count()}, NCCL {version}")
         for name, (wanted, why) in NCCL_SETTINGS.items():
             if os.environ.get(name) != wanted:

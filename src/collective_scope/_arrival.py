@@ -58,11 +58,11 @@ class Arrival(Registry):
     """How many scopes on the same group have been entered directly within this one."""
     _parent: Any = attrs.field(default=None, init=False)
     _told: BaseException | None = attrs.field(default=None, init=False)
-    """What an inner scope raised; it is logged already."""
+    """The error of an inner scope; it is logged already."""
     _span: Span | None = attrs.field(default=None, init=False)
     _killer: Killer | None = attrs.field(default=None, init=False)
     _stage: str = attrs.field(default="exit", init=False)
-    """What it is called."""
+    """Its name."""
     _arrived_at: str = attrs.field(default="", init=False)
     """The stage that this rank came to last."""
     _wait: Wait | None = attrs.field(default=None, init=False)
@@ -91,7 +91,7 @@ class Arrival(Registry):
             span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
 
     def _record(self, stage: str, listed: tuple[Listed, ...] = ()) -> Record:
-        return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed)  # noqa: FBT003
+        return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed)  # noqa: FBT003  (the third field of a record)
 
     def _listed(self, name: str, cleanup: Cleanup) -> Listed:
         """Return a collective cleanup as the ranks compare it."""

@@ -1,5 +1,5 @@
 """
-What the body of a scope registers: the stack of its cleanups, and what must not be freed.
+The things that the body of a scope registers: the stack of its cleanups, and objects that must not be freed.
 
 Local to a rank; knows nothing of torch.
 """

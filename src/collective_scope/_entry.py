@@ -184,8 +184,8 @@ class Entry(Teardown):
             current.set(self._parent)
         if self._parent is not None:
             self._parent._told = self._surfaced  # noqa: SLF001  (a scope too)
-            if self._parent._span is not None:  # noqa: SLF001
-                self._parent._span.stirred = time.monotonic()  # noqa: SLF001
+            if self._parent._span is not None:  # noqa: SLF001  (a scope too)
+                self._parent._span.stirred = time.monotonic()  # noqa: SLF001  (a scope too)
         if self._killer is not None:
             self._killer.cancel()
         if self._membership is not None and self._membership.open[-1:] == [self]:

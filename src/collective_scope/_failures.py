@@ -1,4 +1,4 @@
-"""What went wrong on this rank in one scope, and what surfaces of it."""
+"""The errors of this rank in one scope, and the one that surfaces."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Failures:
     raised: list[tuple[str, BaseException]] = attrs.field(factory=list, init=False)
     """Phase and error of each."""
     _outcome: Outcome = attrs.field(default=OK, init=False)
-    """What was made of the first of them."""
+    """The first of them, as peers are told of it."""
 
     @property
     def first(self) -> BaseException | None:
@@ -53,7 +53,7 @@ class Failures:
 
     @property
     def outcome(self) -> Outcome:
-        """What peers are told of them."""
+        """The outcome that peers are told."""
         if not self.raised:
             return OK
         if self._outcome is OK:
@@ -111,7 +111,7 @@ class Failures:
             primary = CleanupMismatchError(_notes.skipped(self.skipped), verdict)
         known = {id(error) for error in (primary, *members)}
         rest = [(phase, e) for phase, e in self.raised if id(e) not in known]
-        # What a scope within this one raised says it already, if it was this one that was over.
+        # The error of a scope within this one says it already, if it was this one that was over.
         if primary is self.body and isinstance(primary, CollectiveScopeError) and primary.verdict == verdict:
             peers = []
         rest += [("at the barrier", error) for error in peers if error is not primary]
@@ -137,12 +137,12 @@ class Failures:
                 primary.add_note(text)
             if rest and len(earlier) < MOST_LINES:  # of an inner scope, or one before that raised the same object
                 errors = (*earlier, *(error for _, error in rest))
-                primary.collective_scope_errors = errors  # type: ignore[attr-defined]
+                primary.collective_scope_errors = errors  # type: ignore[attr-defined]  # promised by the docstring of collective_scope
         except Exception as refused:
             # An exception class may forbid attributes; then the log has what the notes would say, or else stderr.
             text = "\n".join((f"scope {scope!r}: {message_of(refused)}", *texts))
             try:
-                logger.error("%s", text)  # noqa: TRY400
+                logger.error("%s", text)  # noqa: TRY400  (the text has the traceback)
             except Exception:
                 os.write(2, f"{text}\n".encode(errors="replace"))
 

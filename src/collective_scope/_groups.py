@@ -1,5 +1,5 @@
 """
-What may be passed as ``group``, and this rank's membership in it.
+The kinds of ``group`` that may be passed, and this rank's membership in it.
 
 The only module that knows torch's groups, stores and meshes, and torch's private names.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ._membership import Membership, end, make, memberships, of_store, outside
 from ._mpi import Communicator, is_communicator, membership_attribute, store_of_communicator
-from ._torch import default_group, is_destroyed, store_of
+from ._torch import default_group, is_destroyed, is_known, store_of
 from .agreement.text import shorten
 
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("collective_scope")
 
 @runtime_checkable
 class GroupCoordinator(Protocol):
-    """What vLLM and SGLang call a group: one process group for CPU tensors and one for the device's."""
+    """A group as vLLM and SGLang have it: one process group for CPU tensors and one for the device's."""
 
     cpu_group: Any
     device_group: Any
@@ -106,10 +106,10 @@ def _of_process_group(group: ProcessGroup) -> Membership:
         raise ValueError(msg)
     if membership is not None:
         return membership
-    is_known = group in dist.distributed_c10d._world.pg_map  # noqa: SLF001
-    if group.size() == 1 or (is_known and dist.get_backend(group) == "fake"):
+    is_in_books = is_known(group)
+    if group.size() == 1 or (is_in_books and dist.get_backend(group) == "fake"):
         return outside()
-    ranks = dist.get_process_group_ranks(group) if is_known else None
+    ranks = dist.get_process_group_ranks(group) if is_in_books else None
     return of_store(group, store_of(group), group.rank(), group.size(), ranks)
 
 

@@ -16,7 +16,7 @@ from .agreement.stacks import no_collection
 
 
 EXIT_CODE = 124
-"""What a parent sees; ``timeout(1)`` uses the same."""
+"""A parent sees this one; ``timeout(1)`` uses the same."""
 
 HELD_S = 3.0
 """How long after its time a process ends whose interpreter is held by native code."""

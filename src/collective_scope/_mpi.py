@@ -30,7 +30,7 @@ _keyvals: list[int] = []
 
 @runtime_checkable
 class Communicator(Protocol):
-    """What mpi4py calls a group, as far as it is used here."""
+    """A group as mpi4py has it, as far as it is used here."""
 
     def Get_rank(self) -> int:  # noqa: N802  (mpi4py's name)
         """Return this rank."""

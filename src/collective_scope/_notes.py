@@ -45,7 +45,7 @@ def skipped(cleanups: Iterable[object]) -> str:
     return (
         "Not run, because the ranks could not agree to run it together, not all of them came, or the group was revoked: "
         + ", ".join(map(str, cleanups))
-        + ". What it refers to is kept alive until the process ends."
+        + ". All that it refers to is kept alive until the process ends."
     )
 
 

@@ -82,7 +82,7 @@ class Phase:
             self.scope.__enter__()
         except (Exception, pytest.fail.Exception) as refusal:
             self.refusal, self.verdict = refusal, self.scope.verdict
-            self.scope = new_scope(self.scope.name, World(), {"kill_after": self.scope._options.kill_after})  # noqa: SLF001
+            self.scope = new_scope(self.scope.name, World(), {"kill_after": self.scope._options.kill_after})  # noqa: SLF001  (the plugin is a part of this package)
             self.scope.__enter__()
 
     def end(self) -> None:

@@ -1,8 +1,8 @@
 """
-What ranks tell each other of a phase of a test, and the one report that all of them make of it.
+The reports of the ranks on a phase of a test, and the one report that all of them make of these.
 
-A rank tells by raising in the scope of the phase. What it raises is named as what the test raised, and
-brings pytest's own report along as text. So the verdict of the scope has all reports, on every rank.
+A rank tells by raising in the scope of the phase. Its error has the name of the one that the test raised,
+and brings pytest's own report along as text. So the verdict of the scope has all reports, on every rank.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-What a rank says past pytest's capture: warnings at once, and all that is known when the process is ended.
+The words of a rank past pytest's capture: warnings at once, and all that is known when the process is ended.
 
 A process is ended by SIGTERM, from torchrun or at the limit of a CI job, or because a phase of a test
 takes longer than ``kill_after``. Its main thread may be stuck in native code then.
@@ -119,7 +119,7 @@ class Terminal(logging.Handler):
         if self.stderr >= 0 and self.rank == 0:
             self.tell_failures()
 
-    # What the library logs.
+    # Log records of the library.
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Print warnings at once; keep what reports will say out of the log."""
@@ -129,7 +129,7 @@ class Terminal(logging.Handler):
         if record.levelno < logging.WARNING:
             return True
         if error is not None:
-            self.known.append(f"{record.getMessage()}\n{logging.Formatter().formatException(record.exc_info)}")  # type: ignore[arg-type]
+            self.known.append(f"{record.getMessage()}\n{logging.Formatter().formatException(record.exc_info)}")  # type: ignore[arg-type]  # it is there, or the line before had returned
             return True
         if self._speaks(record):
             self.say(record.getMessage(), yellow=True)
@@ -199,8 +199,8 @@ class Terminal(logging.Handler):
         lines = [f"rank {self.rank} of {self._world_size} is ended by SIGTERM"]
         if scope is not None:
             lines[0] += f" in {scope.name}, after {time.monotonic() - self._began:.1f} s"
-            lines.append(where_is(threading.main_thread().ident or 0, scope._body))  # noqa: SLF001
-            if (span := scope._span) is not None:  # noqa: SLF001
+            lines.append(where_is(threading.main_thread().ident or 0, scope._body))  # noqa: SLF001  (the plugin is a part of this package)
+            if (span := scope._span) is not None:  # noqa: SLF001  (as above)
                 lower = [record for rank, record in span.part.records.items() if rank < self.rank]
                 is_lowest = len(lower) == self.rank and all(record.process.has_ended for record in lower)
         self.say("\n".join([*lines, *self.known]))

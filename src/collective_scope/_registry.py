@@ -1,4 +1,4 @@
-"""What the body of a scope registers: cleanups, contexts, objects to keep. Local to a rank."""
+"""The things that the body of a scope registers: cleanups, contexts, objects to keep. Local to a rank."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class RenewableGroup:
         make:
             Called with a fresh store, on every rank; builds everything that a failed scope may
             leave unusable: ``dist.init_process_group(..., store=store, ...)``, sub-groups, a
-            mesh, model-parallel state. What it returns is `value`. NCCL communicators of its groups
+            mesh, model-parallel state. Its result is `value`. NCCL communicators of its groups
             are connected before the first body, because a rank that waits for its peers in the first
             collective of a communicator cannot be freed. Groups that a body makes are revoked, too,
             and are gone after that. Default: the default group, with NCCL where there is a GPU for
@@ -164,7 +164,7 @@ class RenewableGroup:
             self._take_down()
         self.is_due = True
 
-    # What the scope calls, on the rank's thread.
+    # Called by the scope, on the rank's thread.
 
     def renew(self, life: str) -> None:
         """
@@ -182,7 +182,7 @@ class RenewableGroup:
             self._known = weakref.WeakSet(all_groups())
             self._before = connected_sockets()
             # A client of its own: its connection can be cut if a peer fails to make its part.
-            store = dist.PrefixStore(f"collective_scope/{life}/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"collective_scope/{life}/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
             self._exists = True
             try:
                 self.value = self._make(store)
@@ -218,7 +218,7 @@ class RenewableGroup:
         """
         connect_nccl(self._groups)
 
-    # What the control thread calls; `revoke` on a thread of its own.
+    # Called by the control thread; `revoke` on a thread of its own.
 
     @property
     def interrupts_first(self) -> bool:
@@ -264,7 +264,7 @@ class RenewableGroup:
 
     @property
     def _groups(self) -> list[dist.ProcessGroup]:
-        """What make() has made, and the bodies since."""
+        """The groups that make() has made, and the bodies since."""
         return [group for group in all_groups() if group not in self._known]
 
     @property
@@ -321,7 +321,7 @@ class RenewableGroup:
 def _store_of_environment(rank: int) -> dist.Store:
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # What make() calls may want to serve the same address.
+    # The functions that make() calls may want to serve the same address.
     serves = rank == 0 and not by_agent
     store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, multi_tenant=True)
     return dist.PrefixStore(f"collective_scope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -38,7 +38,7 @@ _CONSEQUENCE = re.compile(
     r"|closed by (peer|remote)|remote (process|peer|error)|abort(ed|ing)|Peer(Failed|Lost)Error",
     re.IGNORECASE,
 )
-"""What a rank raises because another has failed or is gone, in the words of gloo, NCCL, UCX, MPI and this library."""
+"""Errors of a rank whose peer has failed or is gone, in the words of gloo, NCCL, UCX, MPI and this library."""
 
 
 def peers_failed(verdict: Verdict) -> str:
@@ -212,7 +212,7 @@ def _outcomes(verdict: Verdict) -> list[str]:
 
 def is_like_a_consequence(outcome: Outcome) -> bool:
     """Whether a failure reads like one that another rank's has caused."""
-    # What a test asserts is about itself, also where it speaks of timeouts.
+    # The assertion of a test is about itself, also where it speaks of timeouts.
     words = _CONSEQUENCE.search(f"{outcome.type_name}: {outcome.message}")
     if "after the group was revoked" in outcome.phase:
         return True

@@ -24,8 +24,8 @@ def accepted_since(before: dict[int, str], but_at_port: int | None = None) -> di
     """
     Return the connections that others have opened to this process since *before*, but those to a port of it.
 
-    gloo connects each pair of ranks once, so one of the two has accepted it. What this process has opened
-    itself, to servers of whatever kind, is not among them.
+    gloo connects each pair of ranks once, so one of the two has accepted it. Connections that this
+    process has opened itself, to servers of whatever kind, are not among them.
     """
     listening, accepted = set(), {}
     for fd, link, copy in _sockets():

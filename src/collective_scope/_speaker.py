@@ -1,4 +1,4 @@
-"""What one scope says in the log while ranks are late or gone."""
+"""One scope's words in the log while ranks are late or gone."""
 
 from __future__ import annotations
 

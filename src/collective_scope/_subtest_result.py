@@ -1,4 +1,4 @@
-"""What became of one subtest, on all ranks."""
+"""The result of one subtest, on all ranks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SubtestResult:
 
     @property
     def failures(self) -> dict[int, Outcome]:
-        """What went wrong, by rank."""
+        """The failures, by rank."""
         return {} if self.verdict is None else self.verdict.failures
 
 

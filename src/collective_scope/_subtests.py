@@ -24,7 +24,7 @@ from .exceptions import CollectiveScopeError
 BUDGET_S = 300.0
 
 _ENDS = ("KeyboardInterrupt", "SystemExit")
-"""What ends the loop on all ranks, if one of them raises it."""
+"""Errors that end the loop on all ranks, if one of them raises one."""
 
 
 class _NotRun(BaseException):
@@ -121,7 +121,7 @@ class Subtests:
         """
         return Subtest(self, str(id))
 
-    def run(self, id: str, fn: Callable[..., object], /, *args: Any, **kwargs: Any) -> SubtestResult:  # noqa: A002
+    def run(self, id: str, fn: Callable[..., object], /, *args: Any, **kwargs: Any) -> SubtestResult:  # noqa: A002  (positional only)
         """Run ``fn(*args, **kwargs)`` as the subtest *id*; return what became of it."""
         subtest = self.test(id)
         with subtest:  # which does not come to its block if it is refused
@@ -151,7 +151,7 @@ class Subtests:
         found = _groups.find(self._group)
         write_trace(self.results, path, found[0].barrier if found is not None else None)
 
-    # What a subtest calls.
+    # Called by a subtest.
 
     @property
     def _rank(self) -> int:
@@ -187,9 +187,9 @@ class Subtests:
 
 
 class Subtest:
-    """What `Subtests.test` returns: a block that runs in a scope, and whose failure is kept."""
+    """The result of `Subtests.test`: a block that runs in a scope, and whose failure is kept."""
 
-    def __init__(self, subtests: Subtests, id: str) -> None:  # noqa: A002
+    def __init__(self, subtests: Subtests, id: str) -> None:  # noqa: A002  (as in Subtests.test)
         self.result = SubtestResult(id)
         self._subtests = subtests
         self._scope: CollectiveScope | None = None
@@ -211,8 +211,8 @@ class Subtest:
     def __enter__(self) -> Self:
         self.result.began = time.monotonic()
         why = self._subtests._why_not()  # noqa: SLF001  (a part of it)
-        scope = collective_scope(self._subtests._group, name=self.result.id, **self._subtests._options)  # noqa: SLF001
-        scope._options = attrs.evolve(scope._options, history=self.result.history)  # noqa: SLF001
+        scope = collective_scope(self._subtests._group, name=self.result.id, **self._subtests._options)  # noqa: SLF001  (a part of it)
+        scope._options = attrs.evolve(scope._options, history=self.result.history)  # noqa: SLF001  (a scope is a part of this package)
         try:
             if not why:
                 scope.__enter__()

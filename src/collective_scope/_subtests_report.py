@@ -1,4 +1,4 @@
-"""What a loop of subtests prints and writes: progress, summary, JUnit XML, a trace."""
+"""The output of a loop of subtests: progress, summary, JUnit XML, a trace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLLECT_S = 30.0
 _WIDTH = 72
 
 _HAPPENED = ("failed", "revoked")
-"""What happens at one moment of a phase."""
+"""One moment of a phase."""
 
 
 class Progress:

@@ -29,7 +29,7 @@ __tracebackhide__ = True
 logger = logging.getLogger("collective_scope")
 
 MOST_TRIES = 3
-"""How often a step is begun, at most, that interrupts keep from its end. What users gave has a guard of its own."""
+"""How often a step is begun, at most, that interrupts keep from its end. Callbacks of users have a guard of their own."""
 
 _last_with_default_group: list[str] = []
 """Name of the last scope that had a default group for its group; empty if none had."""
@@ -49,12 +49,12 @@ class Teardown(Arrival):
     """Whether a scope around this one was left first."""
     _gc_was_enabled: bool = attrs.field(default=False, init=False)
     _steps: list[Callable[[], object]] = attrs.field(factory=list, init=False)
-    """What is left to do, the next step last."""
+    """The steps that are left, the next one last."""
     _tries: dict[str, int] = attrs.field(factory=dict, init=False)
     _in_flight: BaseException | None = attrs.field(default=None, init=False)
-    """What the body raised."""
+    """The error of the body."""
     _number: int = attrs.field(default=1, init=False)
-    """Which exit barrier comes next."""
+    """The number of the exit barrier that comes next."""
     _agreed: tuple[str, ...] | None = attrs.field(default=None, init=False)
     """Collective cleanups of which the next one may run; None while there is none to be run without a barrier."""
     _chosen: Cleanup | None = attrs.field(default=None, init=False)
@@ -176,7 +176,7 @@ class Teardown(Arrival):
         self.verdict, self._agreed = verdict, verdict.agreed if verdict.is_pending else None
 
     def _run_rest(self) -> None:
-        """Run what is left and local. What is collective does not run without an agreement."""
+        """Run what is left and local. No collective cleanup runs without an agreement."""
         while (top := self._cleanups.top()) is not None:
             if top.collective:
                 self._skip(top)
@@ -221,7 +221,7 @@ class Teardown(Arrival):
         self._span = self._wait = self._chosen = self._mismatch = None
         self._given = ()
 
-    # What the steps do it with.
+    # Used by the steps.
 
     def _run(self, cleanup: Cleanup, kind: str = "cleanup") -> None:
         self._guard(f"{kind} {cleanup.name!r}", cleanup.run, f" (registered at {cleanup.where})")

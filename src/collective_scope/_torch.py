@@ -25,16 +25,21 @@ def place_in_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if is_there else (0, 1)
 
 
+def is_known(group: ProcessGroup) -> bool:
+    """Whether torch has *group* in its books."""
+    return group in dist.distributed_c10d._world.pg_map
+
+
 def is_destroyed(group: object) -> bool:
     """Whether *group* is a process group that torch knew and knows no more."""
-    if not isinstance(group, dist.ProcessGroup) or group in dist.distributed_c10d._world.pg_map:  # noqa: SLF001
+    if not isinstance(group, dist.ProcessGroup) or is_known(group):
         return False
     try:
         name = group.group_name
     except RuntimeError:  # made by hand, and never known to torch
         return False
     try:
-        torch._C._distributed_c10d._resolve_process_group(name)  # noqa: SLF001
+        torch._C._distributed_c10d._resolve_process_group(name)
     except RuntimeError:
         return True
     return False
@@ -70,13 +75,13 @@ def store_of(group: ProcessGroup) -> Store | None:
         store = group.get_group_store()
     except RuntimeError:  # a group that is written in Python has none in C++
         store = None
-    if store is None and group in dist.distributed_c10d._world.pg_map:  # noqa: SLF001
-        store = dist.distributed_c10d._world.pg_map[group][1]  # noqa: SLF001
+    if store is None and is_known(group):
+        store = dist.distributed_c10d._world.pg_map[group][1]
     return store
 
 
 def all_groups() -> list[dist.ProcessGroup]:
-    return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []  # noqa: SLF001
+    return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []
 
 
 def is_end_of_gloo(message: str) -> bool:
@@ -97,7 +102,7 @@ def is_nccl(group: dist.ProcessGroup) -> bool:
     if not dist.is_nccl_available() or not torch.cuda.is_available():
         return False
     try:
-        return "nccl" in group._get_backend(torch.device("cuda")).name().lower()  # noqa: SLF001
+        return "nccl" in group._get_backend(torch.device("cuda")).name().lower()
     except RuntimeError:
         return False
 
@@ -121,7 +126,7 @@ def connect_nccl(groups: list[dist.ProcessGroup]) -> None:
 def abort_nccl(groups: list[dist.ProcessGroup]) -> None:
     """Abort the NCCL communicators of *groups*, as far as torch still knows them."""
     known = [group for group in groups if group in all_groups() and is_nccl(group)]
-    abort = dist.distributed_c10d._abort_process_group  # noqa: SLF001  (torch has no other way)
+    abort = dist.distributed_c10d._abort_process_group
     if dist.group.WORLD in known:
         abort()  # of all groups at once: one after the other, they may wait for each other
     else:
@@ -132,4 +137,4 @@ def abort_nccl(groups: list[dist.ProcessGroup]) -> None:
 def forget_unfinished_groups() -> None:
     """Let torch name the next group like the first: it counts one that was not made to the end."""
     if not dist.is_initialized():
-        dist.distributed_c10d._world.group_count = 0  # noqa: SLF001
+        dist.distributed_c10d._world.group_count = 0

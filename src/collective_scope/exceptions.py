@@ -1,5 +1,5 @@
 """
-What a scope raises when the ranks did not leave it together, or not all of them well.
+The errors of a scope that the ranks did not leave together, or not all of them well.
 
 * CollectiveScopeError
   + PeerFailedError        this rank was fine, a peer was not
@@ -52,7 +52,7 @@ class PeerFailedError(CollectiveScopeError):
 
     @property
     def failures(self) -> Mapping[int, Outcome]:
-        """What went wrong, by rank: type name, message, traceback text, phase."""
+        """The failures, by rank: type name, message, traceback text, phase."""
         return self.verdict.failures
 
 

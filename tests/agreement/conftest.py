@@ -46,7 +46,7 @@ class Other:
     A process that sleeps, and does nothing of what a rank does.
 
     Attributes:
-        process: What it is called.
+        process: Its name.
     """
 
     process: Process
@@ -60,7 +60,7 @@ class Other:
 @pytest.fixture(name="other")
 def _other() -> Iterator[Other]:
     """Return another process of this machine."""
-    with subprocess.Popen(["sleep", "600"]) as popen:  # noqa: S607
-        start = int(process._stat(popen.pid)[19])  # noqa: SLF001
+    with subprocess.Popen(["sleep", "600"]) as popen:  # noqa: S607  (the system's own)
+        start = int(process._stat(popen.pid)[19])  # noqa: SLF001  (looked into on purpose)
         yield Other(attrs.evolve(me(), pid=popen.pid, start=start), popen)
         popen.kill()

@@ -539,7 +539,7 @@ def test_barrier_what_a_thread_that_was_left_behind_has_to_tell_is_void(
         assert is_counted.wait(PATIENCE_S)
         assert wait_until(lambda: len(looks) > 20)
         thawed.set()
-        is_told.wait(0.5)  # which is not to come
+        is_told.wait(0.5)  # it is not to come
         verdicts.append(other.arrive("1 scope"))
 
     verdicts: list[Verdict] = []
@@ -650,7 +650,7 @@ def test_barrier_store_whose_server_ends_while_ranks_wait_is_gone(rank_on: RankO
 
 
 def test_barrier_error_that_no_store_raises_is_not_swallowed(rank_on: RankOn) -> None:
-    """What is not one of the store's errors is a defect, and surfaces."""
+    """An error that is not the store's is a defect, and surfaces."""
 
     def hook(called: str, _: str) -> None:
         if called == "wait":
@@ -696,7 +696,7 @@ def _while_peers_wait(
 
 
 @pytest.mark.parametrize("wakes", [True, False], ids=["wakes", "does-not-wake"])
-def test_barrier_interrupted_rank_ends_the_round_for_all(rank_on: RankOn, wakes: bool) -> None:  # noqa: FBT001
+def test_barrier_interrupted_rank_ends_the_round_for_all(rank_on: RankOn, wakes: bool) -> None:
     """Ctrl-C ends the wait at once, there and on the peers, who read which rank's wait was ended and why."""
     store = dist.HashStore()
     ranks = [rank_on(store, rank, 3) for rank in range(3)]
@@ -750,14 +750,14 @@ def test_barrier_interrupt_when_all_have_arrived_is_that_of_one_rank(rank_on: Ra
             thawed.wait(PATIENCE_S)
 
     ranks = [rank_on(HookedStore(store, hook), 0, 2), rank_on(store, 1, 2)]
-    verdict_key = lambda: store.check([ranks[0].part.key("0 scope/exit/v")])  # noqa: E731
+    verdict_key = lambda: store.check([ranks[0].part.key("0 scope/exit/v")])  # noqa: E731  (short)
     verdicts = _while_peers_wait(ranks, 0, verdict_key, is_late=waits.is_set)
 
     assert verdicts[1].ok
 
 
 def test_barrier_interrupted_rank_that_had_failed_keeps_its_failure(rank_on: RankOn) -> None:
-    """What the peers read of a rank that failed, and was then interrupted, is its failure."""
+    """Peers of a rank that failed, and was then interrupted, read its failure."""
     store = dist.HashStore()
     rank, late = rank_on(store, 0, 2), rank_on(store, 1, 2)
     with pytest.raises(KeyboardInterrupt), interrupted_when(lambda: is_waiting(store, 0)):
@@ -779,7 +779,7 @@ def test_barrier_interrupt_with_a_store_that_hangs_is_prompt(rank_on: RankOn, th
     assert not rank.barrier.in_step
 
 
-# What stays
+# Leftovers
 
 
 def _ok(rank: Rank, number: int, _: Sequencer) -> None:

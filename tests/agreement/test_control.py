@@ -202,7 +202,7 @@ def test_rank_that_has_left_its_group_is_known_by_its_last_word(rank_on: RankOn)
     assert ("has destroyed its group after scope 'scope'", 0.0) == (verdict.where[1].phase, verdict.where[1].silence)
 
 
-# What is told late
+# Late messages
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_what_a_rank_told_is_not_replaced_by_its_silent_record_of_the_round_befo
     def second() -> Verdict:
         assert is_telling.wait(PATIENCE_S)
         other.arrive("0 scope")
-        assert wait_until(lambda: is_waiting(store, 0) and record_of(store, 0).scope == "1 scope")  # type: ignore[union-attr]
+        assert wait_until(lambda: is_waiting(store, 0) and record_of(store, 0).scope == "1 scope")  # type: ignore[union-attr]  # it is there, or the test fails
         return other.arrive("1 scope", cleanups=told.get("cleanups", ()))
 
     verdicts = at_once(first, second)
@@ -482,7 +482,7 @@ def test_rank_without_more_threads_is_bounded_and_agrees(
 def test_rank_without_more_threads_waits_no_longer_for_a_peer_that_failed(
     rank_on: RankOn, deny: Callable[[str], None], name: str
 ) -> None:
-    """What bounds the wait for a rank that failed bounds that of a rank without threads."""
+    """A rank without threads waits for a rank that failed within the same bound."""
     store = dist.HashStore()
     failing = rank_on(store, 1, 2)
     failing.publish(FAILED)

@@ -1,4 +1,4 @@
-"""What the system says of a process, and what is never claimed of one."""
+"""The system's account of a process, and claims never made of one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_process_state_follows_it_to_its_end(number: int, expected: str) -> None
 
 
 def test_process_that_exits_shows_its_code() -> None:
-    """What a process exited with can be seen until its parent has asked for it."""
+    """An exit code can be seen until the parent of the process asks for it."""
     with _child("sh", "-c", "read line; exit 7") as (_, process_):
         assert wait_until(lambda: process_.state() == "exited (exit code 7)")
 
@@ -115,7 +115,7 @@ def test_process_on_a_system_without_proc_is_seen_by_nobody(monkeypatch: pytest.
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    mine = process._of.__wrapped__(os.getpid())  # noqa: SLF001
+    mine = process._of.__wrapped__(os.getpid())  # noqa: SLF001  (looked into on purpose)
 
     assert not mine.is_here
     assert mine.state() == ""

@@ -98,14 +98,14 @@ class _MuteError(Exception):
 
 def _raised(error: BaseException) -> BaseException:
     try:
-        raise error  # noqa: TRY301  (it shall have a traceback)
-    except BaseException as caught:  # noqa: BLE001
+        raise error
+    except BaseException as caught:
         return caught
 
 
 def _sent(outcome: Outcome) -> Outcome:
     """Return what a peer reads of *outcome*, first as a record, then as part of the verdict."""
-    record = Record.decode(Record("0 scope", "exit", True, outcome).encode())  # noqa: FBT003
+    record = Record.decode(Record("0 scope", "exit", True, outcome).encode())
     assert record is not None
     return decode_verdict(encode_verdict(Verdict("scope", 1, (0,), outcomes={0: record.outcome})), record, 1).outcomes[
         0
@@ -123,7 +123,7 @@ def test_record_any_content_round_trips(record: Record) -> None:
 
 @pytest.mark.parametrize("text", [b"", b"?", b"seat 0123", b"ok"], ids=repr)
 def test_record_of_something_else_is_none(text: bytes) -> None:
-    """What stands in place of a record, such as a seat or nothing, is not taken for one."""
+    """Text in place of a record, such as a seat or nothing, is not taken for one."""
     assert Record.decode(text) is None
 
 
@@ -193,7 +193,7 @@ def test_verdict_however_much_there_is_to_say_stays_within_the_limit_of_a_store(
     assert set(verdict.failures) == set(read.failures)
 
 
-# What a verdict says
+# Verdicts as text
 
 
 @pytest.mark.parametrize(

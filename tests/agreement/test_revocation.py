@@ -46,7 +46,7 @@ def _revocation(world: World, given_up: list[str]) -> Revocation:
 
 def is_done(revocation: Revocation) -> bool:
     """Whether the thread that revokes has come to its end."""
-    return revocation._done_at < time.monotonic()  # noqa: SLF001
+    return revocation._done_at < time.monotonic()  # noqa: SLF001  (looked into on purpose)
 
 
 def test_revocation_of_a_scope_that_has_been_left_leaves_the_next_group_alone() -> None:

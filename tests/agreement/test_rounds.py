@@ -48,7 +48,7 @@ _names = st.text(st.characters(exclude_categories=()), max_size=20)
 
 @given(st.lists(st.tuples(st.integers(0, 12), _names), min_size=1, max_size=4), st.integers(0, 3))
 def test_path_of_any_names_gives_them_back_and_knows_what_is_around(scopes: list[tuple[int, str]], late: int) -> None:
-    """Whatever a scope is called, its path gives back its name, and the paths of the scopes around it."""
+    """A scope's path gives back its name, whatever that is, and the paths of the scopes around it."""
     paths: list[str] = []
     for number, name in scopes:
         paths.append(path_of(paths[-1] if paths else "", number, name, late))
@@ -116,7 +116,7 @@ def test_relation_of_ranks_in_one_program_says_whether_the_peer_will_come(
     rounds = _rounds(program, exits)
     theirs_at, mine_at = (data.draw(st.integers(0, len(rounds) - 1)) for _ in range(2))
     has_failed = rounds[theirs_at][1] != "entry" and data.draw(st.booleans())  # a rank fails in its body or later
-    mine = Record(*rounds[mine_at], True)  # noqa: FBT003
+    mine = Record(*rounds[mine_at], True)
     theirs = Record(*rounds[theirs_at], not has_failed, _FAILED if has_failed else OK)
 
     assert (theirs_at == mine_at) == (relation(theirs, mine) == "here")
@@ -192,7 +192,7 @@ _records = st.builds(
 def test_judge_whatever_was_told_puts_each_rank_in_exactly_one_list(
     told: dict[int, Record],
     mine: Record,
-    all_arrived: bool,  # noqa: FBT001
+    all_arrived: bool,
     lost: set[int],
     order: list[int],
 ) -> None:
@@ -266,7 +266,7 @@ def test_judge_rank_at_another_place_is_a_mismatch(other: Record, there: str) ->
 
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["waits-there", "is-on-its-way"])
-def test_judge_failure_around_this_scope_is_told_as_such_and_is_no_mismatch(arrived: bool) -> None:  # noqa: FBT001
+def test_judge_failure_around_this_scope_is_told_as_such_and_is_no_mismatch(arrived: bool) -> None:
     """A rank that failed in a scope around this one will not come: its failure is told, with the place."""
     mine = _at("0 outer/0 inner")
     verdict = judge({0: mine, 1: _at("0 outer", outcome=_FAILED, arrived=arrived)}, mine, 2)
@@ -320,7 +320,7 @@ def test_judge_different_cleanups_are_told_by_rank(
 
 
 def test_still_refused_entry_has_the_ranks_of_the_one_before() -> None:
-    """Which ranks lack is what the refusal before said; the scope is this one."""
+    """Ranks are listed as in the refusal before; the scope is this one."""
     earlier = judge({1: _at(stage="entry")}, _at(stage="entry"), 3, lost=[2], timeout=4.0)
     verdict = still_refused(earlier, _at("5 later", "entry"))
 

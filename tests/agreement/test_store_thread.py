@@ -77,7 +77,7 @@ def test_job_that_returns_nothing_has_no_reply() -> None:
     ],
 )
 def test_job_that_raises_replies_with_the_error_and_the_thread_goes_on(error: BaseException) -> None:
-    """What a job raises reaches the one that asked, the same object, and the next job runs."""
+    """A job's error reaches the one that asked, the same object, and the next job runs."""
     thread = StoreThread(dist.HashStore)
 
     def fail(_: dist.Store) -> None:
@@ -116,7 +116,7 @@ def test_next_reply_that_does_not_come_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("wakes", [True, False])
-def test_next_reply_lets_a_signal_be_seen_soon(wakes: bool) -> None:  # noqa: FBT001  (parametrized)
+def test_next_reply_lets_a_signal_be_seen_soon(wakes: bool) -> None:
     """A signal ends the wait, also if it comes to another thread, or a moment before the wait begins."""
     start = time.monotonic()
 
@@ -154,7 +154,7 @@ def test_thread_that_is_stopped_in_a_call_ends_after_it() -> None:
 
 
 def test_thread_at_rest_keeps_nothing_of_its_last_job_alive() -> None:
-    """What a job used and returned can go while the thread waits for the next one."""
+    """A job's objects and result can go while the thread waits for the next job."""
 
     class Thing:
         pass

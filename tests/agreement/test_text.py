@@ -41,8 +41,8 @@ class _GroupError(ExceptionGroup[Exception]):
 
 def _raised(error: BaseException) -> BaseException:
     try:
-        raise error  # noqa: TRY301  (it shall have a traceback)
-    except BaseException as caught:  # noqa: BLE001
+        raise error
+    except BaseException as caught:
         return caught
 
 
@@ -94,7 +94,7 @@ def test_traceback_of_chained_error_has_cause_notes_and_end() -> None:
 
 @given(st.text(max_size=1000))
 def test_one_line_any_message_is_one_readable_line(message: str) -> None:
-    """Whatever the message, its summary is one line of bounded length."""
+    """The summary of any message is one line of bounded length."""
     text = one_line("Error", message)
 
     assert len(text.splitlines()) == 1

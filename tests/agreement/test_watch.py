@@ -1,4 +1,4 @@
-"""What is said while a scope lasts: which ranks are late, working, or lost, and where they are."""
+"""Messages while a scope lasts: which ranks are late, working, or lost, and where they are."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_rank_in_its_body_is_told_that_a_peer_is_gone_that_another_saw_go(rank_o
 
 
 def test_rank_that_is_told_by_the_verdict_that_a_peer_is_gone_is_not_told_again(rank_on: RankOn, other: Other) -> None:
-    """What a verdict says is not said a second time, while the rank is in the rest of its teardown."""
+    """A verdict's news is not said a second time, while the rank is in the rest of its teardown."""
     store = dist.HashStore()
     rank = rank_on(store, 0, 2)
     tell_as(1, rank, Record(process=other.process))

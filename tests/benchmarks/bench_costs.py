@@ -1,5 +1,5 @@
 """
-What the library costs beside the exit: import, one process alone, sub-groups, renewal, and what long runs leave behind.
+Costs of the library beside the exit: import, one process alone, sub-groups, renewal, and what long runs leave behind.
 
 * ``import``: milliseconds on top of torch.distributed, median of five processes.
 * ``alone``: microseconds of a scope on the main thread of a process without peers.
@@ -142,7 +142,7 @@ def renewal(rank: int, world_size: int, count: int = 20) -> Figures:
             with collective_scope(world, name=f"failing {number}", timeout=60):
                 if rank == number % world_size:
                     failed_at.set(key, str(time.monotonic()))
-                    raise ValueError  # noqa: TRY301
+                    raise ValueError
                 dist.all_reduce(torch.ones(1))
         except (RuntimeError, ValueError):
             if rank != number % world_size:
@@ -152,17 +152,17 @@ def renewal(rank: int, world_size: int, count: int = 20) -> Figures:
 
 
 def many_scopes(rank: int, _world_size: int, count: int) -> Figures:
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (looked into on purpose)
 
     def run(number: int) -> None:
         try:
             with collective_scope(name="many"):
                 if number % 10 == rank:
-                    raise ValueError(number)  # noqa: TRY301
+                    raise ValueError(number)
         except (ValueError, PeerFailedError):
             pass
 
-    import logging  # noqa: PLC0415
+    import logging  # noqa: PLC0415  (imported where it is needed)
 
     logging.getLogger("collective_scope").setLevel(logging.CRITICAL)
     for number in range(500):
@@ -172,7 +172,7 @@ def many_scopes(rank: int, _world_size: int, count: int) -> Figures:
     for number in range(count):
         run(number)
     seconds = time.monotonic() - start
-    time.sleep(31)  # what is news stays for half a minute
+    time.sleep(31)  # news stays for half a minute
     with collective_scope(name="last"):
         pass
     time.sleep(1)
@@ -180,7 +180,7 @@ def many_scopes(rank: int, _world_size: int, count: int) -> Figures:
 
 
 def many_groups(_rank: int, _world_size: int, count: int) -> Figures:
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (looked into on purpose)
 
     def run() -> None:
         group = dist.new_group()

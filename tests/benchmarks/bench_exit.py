@@ -1,5 +1,5 @@
 """
-What leaving a scope costs, as a ratio against what people do today.
+Cost of leaving a scope, as a ratio against what people do today.
 
 Everything is measured interleaved in the same processes. ``floor`` is the least that this design
 can cost: ``add`` to the count and ``get`` of the verdict, on a second thread, and nothing else.
@@ -115,7 +115,7 @@ def cases_of(store: dist.Store, rank: int, world_size: int) -> dict[str, tuple[C
         cases["monitored_barrier"] = (functools.partial(dist.monitored_barrier, timeout=timedelta(seconds=60)), 5)
     if hasattr(dist.Store, "barrier"):  # torch 2.12 and newer
         cases["Store.barrier"] = (
-            numbered(lambda n: store.barrier(f"store/{n}", world_size, timedelta(seconds=60))),  # type: ignore[attr-defined]
+            numbered(lambda n: store.barrier(f"store/{n}", world_size, timedelta(seconds=60))),  # type: ignore[attr-defined]  # it is there, or the test fails
             5,
         )
     return cases
@@ -192,7 +192,7 @@ def measure(world_size: int, batches: int) -> dict[str, Figures]:
     server = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     result = mp.get_context("spawn").SimpleQueue()
     mp.spawn(run_rank, (world_size, LOOPBACK, server.port, batches, result), nprocs=world_size)
-    return result.get()  # type: ignore[no-any-return]
+    return result.get()  # type: ignore[no-any-return]  # of the type that was put in
 
 
 # Simulated ranks
@@ -213,7 +213,7 @@ def run_simulated(process: int, world_size: int, port: int, rounds: int, result:
     barrier = threading.Barrier(len(ranks) + 1)
 
     def run(rank: int) -> None:
-        part = Part(store.clone, rank, world_size, lambda: None)  # type: ignore[attr-defined]
+        part = Part(store.clone, rank, world_size, lambda: None)  # type: ignore[attr-defined]  # it is there, or the test fails
         client = part.connect()
         replies: SimpleQueue[Any] = SimpleQueue()
         for number in range(rounds + 2):
@@ -256,7 +256,7 @@ def measure_far(delay_ms: float, batches: int) -> dict[str, Figures]:
             for rank, host in enumerate(hosts)
         ]
         outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    return json.loads(outputs[0].splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(outputs[0].splitlines()[-1])  # type: ignore[no-any-return]  # of the type that was put in
 
 
 def run_rank_of_two(rank: int, address: str, port: int, batches: int) -> None:
@@ -268,7 +268,7 @@ def run_rank_of_two(rank: int, address: str, port: int, batches: int) -> None:
     del server
 
 
-# What comes of it
+# Results
 
 
 def rows_of(label: str, figures: dict[str, Figures]) -> list[str]:

@@ -1,5 +1,5 @@
 """
-What one failure costs a loop of subtests, by the harness that runs the loop.
+Cost of one failure in a loop of subtests, by the harness that runs the loop.
 
 Every harness runs the same 20 subtests over gloo. In 8 of them one rank raises before, between or after its two
 all-reduces; the others check the sums. The harnesses:
@@ -91,12 +91,12 @@ def body(rank: int, world_size: int, number: int, failure: Failure) -> float:
     return total
 
 
-# What a harness says
+# Harness diaries
 
 
 @attrs.frozen
 class Diary:
-    """What one rank, or the one process that judges for all, says of each subtest; kept if the process is killed."""
+    """Notes of one rank, or of the process that judges for all, on each subtest; kept if the process is killed."""
 
     folder: Path
     name: str
@@ -128,7 +128,7 @@ class Place:
 
     @property
     def diary(self) -> Diary:
-        """What this rank says."""
+        """The rank's diary."""
         return Diary(self.folder, f"rank-{self.rank}")
 
     def init(self, store: dist.Store) -> None:
@@ -162,7 +162,7 @@ def run_subtests(place: Place) -> None:
     events = [event_of(result, value, world.made) for result, value in zip(subtests.results, sums, strict=True)]
     place.store.set(f"events/{place.rank}", json.dumps([attrs.asdict(event) for event in events]))
     everybody = [json.loads(place.store.get(f"events/{rank}")) for rank in range(place.world_size)]
-    # What the tests of the library ask of a run: the cause is named first, on every rank, and numbers are right.
+    # The library's tests ask this of a run: the cause is named first, on every rank, and numbers are right.
     found = defects(place.failures, [[Event(**event) for event in own] for own in everybody])
     assert not found, found
 
@@ -183,7 +183,7 @@ def run_barrier(place: Place) -> None:
                 place.run(number)
             finally:
                 dist.barrier()
-        except Exception as error:  # noqa: BLE001  (what a loop of subtests does)
+        except Exception as error:
             place.diary.note(number, "failed", told(error))
         else:
             place.diary.note(number, "passed")
@@ -193,7 +193,7 @@ def run_barrier(place: Place) -> None:
 def run_inprocess(place: Place, **options: Any) -> None:
     from nvidia_resiliency_ext import inprocess  # noqa: PLC0415  (optional)
 
-    # What outlives a restart: the subtest that this rank has come to, whether it is in it, and what it raised there.
+    # State across restarts: the subtest that this rank has come to, whether it is in it, and what it raised there.
     at, is_in, raised, calls = 0, False, "", itertools.count()
 
     @inprocess.Wrapper(**options)
@@ -365,7 +365,7 @@ def wait_for(processes: list[subprocess.Popen[bytes]]) -> list[str]:
 
 @attrs.frozen
 class Notes:
-    """What the ranks of a harness have written down."""
+    """The written notes of a harness's ranks."""
 
     name: str
     world_size: int

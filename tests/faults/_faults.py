@@ -87,7 +87,7 @@ def _sleep_forever(me: Actor) -> None:
     me.begin()
     # Whenever it is asked where it is, this is one of the innermost frames.
     while not all(map(os.path.exists, paths)):
-        time.sleep(0.01)
+        time.sleep(0.01)  # A file cannot be waited for.
 
 
 def _sleep_in_body(me: Actor) -> None:
@@ -133,7 +133,7 @@ def _enter_collective_alone(me: Actor) -> None:
         dist.all_reduce(torch.ones(1))
 
 
-def _enter_collective_too(me: Actor) -> None:  # noqa: ARG001 - any rank does
+def _enter_collective_too(me: Actor) -> None:
     dist.all_reduce(torch.ones(1))
 
 
@@ -191,7 +191,7 @@ def _kill_while_waiting(me: Actor) -> None:
         me.once_waiting(lambda: _kill(me))
     elif me.rank == me.world_size - 1:
         me.wait_for_begin()
-        time.sleep(1.5)
+        time.sleep(1.5)  # The wait of the others is the fault.
 
 
 def _kill_on_arrival(me: Actor) -> None:
@@ -218,7 +218,7 @@ def _kill_after_barrier(me: Actor) -> None:
         me.scope.after_barrier(_kill, me)
 
 
-def _stop(me: Actor) -> None:  # noqa: ARG001
+def _stop(me: Actor) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -267,7 +267,7 @@ def _abort(me: Actor) -> None:
     _do(me, lambda _: os.abort())
 
 
-def _interrupt(me: Actor) -> None:  # noqa: ARG001 - as all of these
+def _interrupt(me: Actor) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -346,7 +346,7 @@ def _enter_on_another_group(me: Actor) -> None:
 # 12. The group goes
 
 
-def _destroy_group(me: Actor) -> None:  # noqa: ARG001
+def _destroy_group(me: Actor) -> None:
     dist.destroy_process_group()
 
 
@@ -356,7 +356,7 @@ def _destroy_group_and_sleep(me: Actor) -> None:
         _sleep_forever(me)
 
 
-def _use_and_destroy_group(me: Actor) -> None:  # noqa: ARG001
+def _use_and_destroy_group(me: Actor) -> None:
     dist.all_reduce(torch.ones(1))
     dist.destroy_process_group()
 
@@ -570,7 +570,7 @@ def _leave_out_of_order(me: Actor) -> None:
     if me.is_culprit:
         me.begin()
         _left_open.append(inner)
-        inner.__enter__()  # what a generator that is not closed does
+        inner.__enter__()  # a generator that is not closed does this
     else:
         with inner:
             pass

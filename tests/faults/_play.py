@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 from collective_scope import Verdict, collective_scope
+from collective_scope.agreement.stacks import no_collection
 from tests._rank import LOOPBACK, here
 
 
@@ -80,18 +81,18 @@ _FIRST_S = 60.0  # Anything that is no part of the fault.
 @attrs.frozen
 class Expect:
     """
-    What a rank is to see at the end of a scope.
+    The end of a scope as a rank is to see it.
 
     Attributes:
         error: Qualified name of the exception's class; empty if the scope is left quietly.
 
         ranks: The ranks that the error names, as missing, lost or failed; ``None`` if it names none.
 
-        says: What its text contains.
+        says: Parts of its text.
 
         within: Seconds from the fault, or from the rank's arrival if that is later.
 
-        otherwise: What is as good, if all that are alike see it.
+        otherwise: An end as good, if all that are alike see it.
     """
 
     error: str = ""
@@ -110,27 +111,27 @@ class Fault:
     Something that goes wrong, and what every rank is to make of it.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
 
         act: The body of the first scope, on every rank.
 
-        survivor: What survivors see of it.
+        survivor: How survivors see it.
 
         culprits: Ranks on which something goes wrong.
 
-        culprit: What these see: all the same, or one each; ``None`` if they do not live to tell.
+        culprit: Their ends: all the same, or one each; ``None`` if they do not live to tell.
 
-        next_survivor: What survivors see of the next scope; ``None`` if they do not enter it.
+        next_survivor: How survivors see the next scope; ``None`` if they do not enter it.
 
         next_culprit: Likewise.
 
-        between: What every rank does between the first scope and the next.
+        between: Every rank calls it between the first scope and the next.
 
-        release: What a survivor does after its next scope, so that culprits come back.
+        release: A survivor calls it after its next scope, so that culprits come back.
 
         after: Whether everybody comes back for a third scope, which then works.
 
-        quietly: What it is to leave quietly; where everything takes long, that takes longer.
+        quietly: A quiet end; where everything takes long, that takes longer.
 
         alike: Whether all survivors get the same verdict, which takes a store.
 
@@ -138,19 +139,19 @@ class Fault:
 
         world_sizes: Sizes to do it with.
 
-        store: What the ranks meet at: rank 0, a process of its own, the same with replies
+        store: The meeting place: rank 0, a process of its own, the same with replies
             that take `SLOW_S`, a file, the agent of a torchrun that plays it, or that of
             one on the first of two hosts with as many ranks. With ``"env"``, rank 0 serves it as long as
             there is a default group, as programs without a launcher have it.
 
-        logs: What ranks write to their standard error, by rank. Of all this, those that are not named write nothing.
+        logs: Text that ranks write to their standard error, by rank. Ranks not named write nothing of all this.
 
         claims: How many ranks there are, by those that are wrong about it. The group then
             has no communicator, which would not start.
 
         thaw_s: Seconds from the fault to the moment at which a stopped process goes on.
 
-        frozen: Which one that is: a rank, or the store's.
+        frozen: That process: a rank, or the store's.
 
         timeout: Of the first scope, in seconds. The table is made with 2 instead of `LONG_S`.
 
@@ -248,7 +249,7 @@ class Ending:
 
         traceback: Formatted, for whoever reads of a failed test.
 
-        verdict: What the scope says happened.
+        verdict: The scope's verdict.
 
         began: When the scope was entered.
 
@@ -272,7 +273,7 @@ class Ending:
 @attrs.frozen
 class Part:
     """
-    What one rank has seen.
+    The view of one rank.
 
     Attributes:
         endings: How its scopes ended.
@@ -287,7 +288,7 @@ class Part:
 @attrs.frozen
 class Performance:
     """
-    What became of the process of one rank.
+    The outcome of one rank's process.
 
     Attributes:
         exit: Its exit code, or minus the signal that killed it.
@@ -296,11 +297,11 @@ class Performance:
 
         lived_s: Seconds it lived, from when its group was there.
 
-        part: What it has seen; ``None`` if it did not live to tell.
+        part: Its view; ``None`` if it did not live to tell.
 
         faulted: When its part of the fault began; ``None`` if it had none.
 
-        log: What it wrote to its standard error.
+        log: Its text on its standard error.
     """
 
     exit: int
@@ -325,7 +326,7 @@ class Actor:
     arrived: float = 0.0
     pid_of_rank: int = attrs.field(factory=os.getpid)
 
-    # What the functions of faults use.
+    # For the functions of faults.
 
     @property
     def is_culprit(self) -> bool:
@@ -399,12 +400,13 @@ class Actor:
         main = threading.main_thread().ident
         assert main is not None
         while True:
-            frame = sys._current_frames().get(main)  # noqa: SLF001 - documented, for this purpose
-            names = {each.f_code.co_name for each, _ in traceback.walk_stack(frame)}
+            with no_collection():
+                frame = sys._current_frames().get(main)  # noqa: SLF001 - documented, for this purpose
+                names = {each.f_code.co_name for each, _ in traceback.walk_stack(frame)}
             if names & {"_await", "barrier", "monitored_barrier"} and self._has_told():
                 act()
                 return
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # A frame cannot be waited for.
 
     def _has_told(self) -> bool:
         """Whether the store knows that this rank has arrived."""
@@ -418,18 +420,18 @@ class Actor:
         """Return a client of the default group's store."""
         group = dist.group.WORLD
         assert group is not None
-        return group.get_group_store().clone()  # type: ignore[attr-defined]
+        return group.get_group_store().clone()  # type: ignore[attr-defined]  # it is there, or the test fails
 
     @staticmethod
     def _record(view: Any, rank: int) -> Any:
         """Return what *rank* has told."""
         from collective_scope.agreement.records import Record  # noqa: PLC0415  (no other part is to look inside)
-        from collective_scope.agreement.store_thread import base_of, peek  # noqa: PLC0415
+        from collective_scope.agreement.store_thread import base_of, peek  # noqa: PLC0415  (imported where it is needed)
 
         life = peek(view, f"life of {dist.get_world_size()}").decode()
         return Record.decode(peek(base_of(view), f"collective_scope/{life}/rank/{rank}"))
 
-    # What happens around them.
+    # The play around them.
 
     def play(self) -> None:
         """Go through the scopes."""
@@ -496,7 +498,7 @@ class Actor:
                 for each in range(3):
                     self.scope.cleanup(self.cleanups[number].append, each)
                 body()
-        except BaseException as raised:  # noqa: BLE001 - all of it is the outcome
+        except BaseException as raised:
             error = raised
         if os.getpid() != self.pid_of_rank:
             # A child that was forked in the body: nothing of this is to have happened to it.
@@ -548,7 +550,7 @@ class ForkedError(Exception):
 
 
 class _PlainScope:
-    """What people write today, with the same methods."""
+    """Today's usual code, with the same methods."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], object]] = []
@@ -611,13 +613,13 @@ def _fork(fn: Callable[..., NoReturn], *args: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
-    # What is inherited need not be looked through when this process ends: that took 0.3 of the 0.5 s of its end.
+    # Inherited objects need not be looked through when this process ends: that took 0.3 of the 0.5 s of its end.
     gc.freeze()
     try:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         fn(*args)
-    except BaseException:  # noqa: BLE001 - must not run the parent's code
+    except BaseException:
         traceback.print_exc()
     finally:
         os._exit(70)
@@ -645,7 +647,7 @@ def _watch(child: int, fault: Fault, rank: int, world_size: int) -> Performance:
         # Until then the system can tell how it ended.
         survivors = fault.survivors(world_size)
         while not all(_flag(f"ended-{each}") for each in survivors) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # A file cannot be waited for.
     _, status = os.waitpid(child, 0)
     os.close(pidfd)
     here().announce(f"ended-{rank}")

@@ -44,7 +44,7 @@ def main(directory: Path) -> None:
             performance = perform(rank, 0, fault, world_size, mechanism)
         finally:
             if fault.store == "hosts":
-                set_cable("up")  # Whatever became of the rank that should have put it back.
+                set_cable("up")  # The rank that should have put it back may be gone.
         (folder / f"performance-{rank}").write_bytes(pickle.dumps(performance))
 
 

@@ -2,7 +2,7 @@
 A worker of torchrun that runs pytest several times, each time in a process of its own.
 
 The argument is a folder with ``plan.json``: for each run its name, pytest's arguments, with the placeholders
-``{results}`` and ``{rank}``, and variables. What came of a run is in the folder of its name: for each rank its
+``{results}`` and ``{rank}``, and variables. Results of a run are in the folder of its name: for each rank its
 output, its exit code, and its outcomes (see ``conftest.py``).
 """
 
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
         results = folder / name
         results.mkdir(exist_ok=True)
         if not (pid := os.fork()):
-            # What earlier runs have left in the store must not be seen.
+            # Keys of earlier runs in the store must not be seen.
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(number + 1), "SUITE_RUN": name}
             os.environ |= {"SUITE_OUTCOMES": str(results), **variables}
             for fd, stream in ((1, "stdout"), (2, "stderr")):
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> None:
     code = 70
     try:
         code = int(pytest.main(arguments))
-    except BaseException:  # noqa: BLE001  (printed; a fork must not go on in the loop)
+    except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What pytest offers, with a collective here and there; the outcomes are those of one process."""
+"""Features of pytest, with a collective here and there; the outcomes are those of one process."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_body_raises_a_group_of_exceptions() -> None:
 
 
 def test_raises_is_not_a_failure() -> None:
-    """What the test expects does not reach the scope."""
+    """An expected error does not reach the scope."""
     with pytest.raises(ValueError, match="expected"):
-        raise ValueError("expected")  # noqa: EM101
+        raise ValueError("expected")
 
 
 # Skipped, and expected to fail
@@ -192,7 +192,7 @@ class TestClass:
 
 @pytest.fixture(name="broken_setup")
 def _broken_setup() -> None:
-    raise RuntimeError("setup")  # noqa: EM101
+    raise RuntimeError("setup")
 
 
 @pytest.mark.usefixtures("broken_setup")
@@ -204,7 +204,7 @@ def test_setup_fails() -> None:
 @pytest.fixture(name="broken_teardown")
 def _broken_teardown() -> Iterator[None]:
     yield
-    raise RuntimeError("teardown")  # noqa: EM101
+    raise RuntimeError("teardown")
 
 
 @pytest.mark.usefixtures("broken_teardown")
@@ -234,11 +234,11 @@ class Case(unittest.TestCase):
 
     def test_passes(self) -> None:
         """Passes."""
-        self.assertEqual(dist.get_world_size(), self.total)  # noqa: PT009
+        self.assertEqual(dist.get_world_size(), self.total)
 
     def test_fails(self) -> None:
         """Fails on all ranks."""
-        self.assertEqual(0, self.total)  # noqa: PT009
+        self.assertEqual(0, self.total)
 
     def test_skips(self) -> None:
         """Skips on all ranks."""
@@ -257,7 +257,7 @@ class Case(unittest.TestCase):
         """One of three subtests fails on all ranks."""
         for number in range(3):
             with self.subTest(number=number):
-                self.assertNotEqual(1, number)  # noqa: PT009
+                self.assertNotEqual(1, number)
 
 
 # Subtests of pytest
@@ -283,10 +283,10 @@ def test_subtests_and_body_fail(subtests: pytest.Subtests) -> None:
         pytest.skip("in a subtest")
     with subtests.test("fails"):
         raise AssertionError
-    raise ValueError("after the subtests")  # noqa: EM101, TRY003
+    raise ValueError("after the subtests")
 
 
-# What tests capture
+# Captured by tests
 
 
 def test_capsys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +303,7 @@ def test_caplog(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_warning() -> None:
     """A test warns."""
-    import warnings  # noqa: PLC0415
+    import warnings  # noqa: PLC0415  (imported where it is needed)
 
     warnings.warn("of a test", UserWarning, stacklevel=1)
 
@@ -327,14 +327,14 @@ def _registers(collective_scope: CollectiveScope) -> Iterator[None]:
     _ran.append("end of the fixture")
 
 
-def test_scope_registers(registers: None, collective_scope: CollectiveScope) -> None:  # noqa: ARG001
+def test_scope_registers(registers: None, collective_scope: CollectiveScope) -> None:
     """Cleanups of the setup and of the body run when the body is over, and before fixtures are torn down."""
     collective_scope.cleanup(_ran.append, "of the body")
     assert [] == _ran
 
 
 def test_scope_has_run_its_cleanups() -> None:
-    """What the test before this one has registered ran last registered first."""
+    """Cleanups of the test before this one ran last registered first."""
     assert ["of the body", "collective, of the setup", "end of the fixture"] == _ran
 
 
@@ -346,7 +346,7 @@ def test_cleanup_fails(collective_scope: CollectiveScope) -> None:
 @pytest.fixture(name="registers_and_breaks")
 def _registers_and_breaks(collective_scope: CollectiveScope) -> None:
     collective_scope.cleanup(_ran.append, "of a setup that failed")
-    raise RuntimeError("setup")  # noqa: EM101
+    raise RuntimeError("setup")
 
 
 @pytest.mark.usefixtures("registers_and_breaks")

@@ -1,7 +1,7 @@
 """
 Uses of the public interface, checked by ``mypy --strict`` and never executed.
 
-What must not type-check carries an ignore, and an ignore that is not needed is an error.
+Code that must not type-check has an ignore. An ignore that is not needed is an error.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Coordinator:
 class Communicator:
     """Look like mpi4py's."""
 
-    def Get_rank(self) -> int:  # noqa: N802
+    def Get_rank(self) -> int:
         """Return the rank."""
         return 0
 
-    def Ibcast(self, buf: Any, root: int = 0) -> Any:  # noqa: N802
+    def Ibcast(self, buf: Any, root: int = 0) -> Any:
         """Send to all."""
 
-    def Get_attr(self, keyval: int) -> Any:  # noqa: N802
+    def Get_attr(self, keyval: int) -> Any:
         """Return what is remembered."""
 
 
@@ -87,8 +87,8 @@ def groups(group: dist.ProcessGroup, mesh: dist.DeviceMesh) -> None:
     collective_scope(dist.GroupMember.NON_GROUP_MEMBER)
     collective_scope(find_group)
     collective_scope(lambda: group)
-    collective_scope("nccl")  # type: ignore[arg-type]
-    collective_scope(group, "s")  # type: ignore[call-arg]
+    collective_scope("nccl")  # type: ignore[arg-type]  # wrong on purpose
+    collective_scope(group, "s")  # type: ignore[call-arg]  # wrong on purpose
 
 
 def options() -> None:
@@ -97,8 +97,8 @@ def options() -> None:
     collective_scope(timeout=timedelta(seconds=3), failure_timeout=None, name=None)
     collective_scope(cleanups=[Buffer().destroy, lambda: 3], synchronize=False, lockstep_gc=True, meet_at_entry=True)
     collective_scope(warn_after=None, kill_after=60)
-    collective_scope(timeout="3")  # type: ignore[arg-type]
-    collective_scope(name=3)  # type: ignore[arg-type]
+    collective_scope(timeout="3")  # type: ignore[arg-type]  # wrong on purpose
+    collective_scope(name=3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def block() -> None:
@@ -110,7 +110,7 @@ def block() -> None:
         assert_type(current_scope(default=3), CollectiveScope | int)
         assert_type(scope.name, str)
         scope.fail(ValueError())
-        scope.fail("no")  # type: ignore[arg-type]
+        scope.fail("no")  # type: ignore[arg-type]  # wrong on purpose
         value = 3
     assert_type(scope.verdict, Verdict | None)
     assert_type(value, int)
@@ -126,16 +126,16 @@ def registration(scope: CollectiveScope) -> None:
     """Check arguments against the function, where they can be, and return what was given."""
     assert_type(scope.cleanup(add, 1, b="x")(1), float)
     assert_type(scope.after_barrier(add, 1)(1), float)
-    scope.cleanup(add)  # type: ignore[call-arg]
-    scope.cleanup(add, "x")  # type: ignore[arg-type]
+    scope.cleanup(add)  # type: ignore[call-arg]  # wrong on purpose
+    scope.cleanup(add, "x")  # type: ignore[arg-type]  # wrong on purpose
     assert_type(scope.after_barrier(add, 1, even_if_missing=True), Callable[..., float])
-    scope.after_barrier(add, 1, even_if_missing="yes")  # type: ignore[arg-type]
+    scope.after_barrier(add, 1, even_if_missing="yes")  # type: ignore[arg-type]  # wrong on purpose
     assert_type(scope.collective_cleanup(Buffer().destroy), Callable[..., None])
     assert_type(scope.collective_cleanup(add, 1, name="add", fingerprint=lambda: 3), Callable[..., float])
-    scope.collective_cleanup(add, 1, fingerprint=3)  # type: ignore[arg-type]
+    scope.collective_cleanup(add, 1, fingerprint=3)  # type: ignore[arg-type]  # wrong on purpose
     assert_type(scope.hold(Buffer()), Buffer)
     assert_type(scope.enter_context(nullcontext("value")), str)
-    scope.enter_context(3)  # type: ignore[arg-type]
+    scope.enter_context(3)  # type: ignore[arg-type]  # wrong on purpose
 
     @scope.cleanup
     def local() -> None: ...
@@ -167,8 +167,8 @@ def decoration() -> None:
     assert_type(decorated(3), float)
     assert_type(decorated(3, b="x"), float)
     assert_type(Suite().method(3), str)
-    decorated("3")  # type: ignore[arg-type]
-    decorated(3, "x")  # type: ignore[call-arg]
+    decorated("3")  # type: ignore[arg-type]  # wrong on purpose
+    decorated(3, "x")  # type: ignore[call-arg]  # wrong on purpose
 
 
 def errors(error: CollectiveScopeError) -> None:
@@ -201,4 +201,4 @@ def verdicts(verdict: Verdict, outcome: Outcome) -> None:
     assert_type(outcome.ok, bool)
     assert_type((outcome.phase, outcome.type_name, outcome.message, outcome.traceback), tuple[str, str, str, str])
     assert_type(outcome.also, tuple[str, ...])
-    verdict.scope = "other"  # type: ignore[misc]
+    verdict.scope = "other"  # type: ignore[misc]  # wrong on purpose

@@ -1,4 +1,4 @@
-"""What all managers share: a weak cache of handles, and tokens as rows of bytes."""
+"""Base of all managers: a weak cache of handles, and tokens as rows of bytes."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ HandleT = TypeVar("HandleT", bound=ExchangeHandle)
 
 @attrs.frozen(eq=False)
 class Route:
-    """Which of this rank's tokens were sent, peer by peer, and how many rows came."""
+    """The tokens that this rank sent, peer by peer, and how many rows came."""
 
     token_of_row: Tensor
     received: Tensor

@@ -1,7 +1,7 @@
 """
 `shared_memory`: ranks of one host write into each other's memory.
 
-What DeepEP's intranode buffers are on GPUs, on a CPU: every rank offers a piece of memory,
+DeepEP's intranode buffers of GPUs, on a CPU: every rank offers a piece of memory,
 all map all of them, and neither building nor destroying works without the peers.
 """
 

@@ -51,14 +51,14 @@ class Barrier:
     late: int = attrs.field(default=0, init=False)
     gone: RuntimeError | None = attrs.field(default=None, init=False)
     _missed: Record | None = attrs.field(default=None, init=False)
-    """What this rank told at the first round that was not complete, after one that was."""
+    """The record of this rank at the first round that was not complete, after one that was."""
     _refused: Verdict | None = attrs.field(default=None, init=False)
     """The verdict of the latest round, if that was an entry to which not all have come."""
     _thread: StoreThread | None = attrs.field(default=None, init=False)
 
     @property
     def rank(self) -> int:
-        """Which rank, counted from 0 within the group."""
+        """The number of this rank, counted from 0 within the group."""
         return self.part.rank
 
     @property

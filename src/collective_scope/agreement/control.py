@@ -66,7 +66,7 @@ CLOSE_S = 0.5
 """How long a rank that destroys its last group waits for its control thread."""
 
 BEGUN, ENDED = 1, 2**32
-"""What a control thread adds to the count of them when it begins, and when it ends."""
+"""A control thread adds these to the count of them when it begins, and when it ends."""
 
 THAW_S = 0.3
 """How long a rank needs to say that it gave up, once the store answers again."""
@@ -118,7 +118,7 @@ class Control:
         except RuntimeError as error:  # the system has no thread to give: ranks end their waits themselves
             self.broken = error
 
-    # What the ranks' threads call.
+    # Called by the ranks' threads.
 
     def wake(self) -> None:
         """Have the control thread look now."""
@@ -165,7 +165,7 @@ class Control:
         self._items.append((number, time.monotonic()))
         return number
 
-    # What runs on the control thread.
+    # Run on the control thread.
 
     def _run(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Which ranks of a group are gone: their processes have ended, or another machine has been silent for long."""
+"""The ranks of a group that are gone: their processes have ended, or another machine has been silent for long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BEATS_S = 3.0
 """How long a rank waits before it looks at the heartbeats of other machines."""
 
 LOOK_S = 0.2
-"""What counts at most as silence between two looks at a heartbeat: if there is more, the store has been silent."""
+"""Seconds that count at most as silence between two looks at a heartbeat: if there are more, the store has been silent."""
 
 
 @attrs.define(eq=False)

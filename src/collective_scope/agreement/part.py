@@ -66,7 +66,7 @@ class Part(Peers):
     _odd: list[str] = attrs.field(factory=list, init=False)
     """Keys of rounds that were not complete; each rank removes them after the next one that is."""
 
-    # What the store thread calls.
+    # Called by the store thread.
 
     def connect(self) -> Store:
         """Connect to the store, and join the group unless that has been done; return the root of the store."""
@@ -176,7 +176,7 @@ class Part(Peers):
             return record
         return attrs.evolve(record, outcome=attrs.evolve(record.outcome, order=number))
 
-    # What the control thread calls, and what it shares with the store thread.
+    # Called by the control thread, or shared by it and the store thread.
 
     def verdict(self, wait: Wait, store: Store) -> Verdict:
         """Return the verdict of a round that has been decided."""

@@ -1,4 +1,4 @@
-"""What one rank of a group knows of its peers, and tells them: a record each, and the news."""
+"""One rank's knowledge of its peers, and its word to them: a record each, and the news."""
 
 from __future__ import annotations
 

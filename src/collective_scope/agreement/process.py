@@ -1,5 +1,5 @@
 """
-Which process a rank is, where it is, and what the system says of it.
+The process that a rank is: its machine and number, and the system's word on it.
 
 A process sees others on the same machine without anybody's help. Of those on another machine it
 sees nothing. Knows nothing of torch.

@@ -1,5 +1,5 @@
 """
-What happened: to one rank so far (`Record`, with its `Outcome`), and to all in one round (`Verdict`).
+The news of one rank so far (`Record`, with its `Outcome`), and of all in one round (`Verdict`).
 
 These travel through a store as JSON. Exceptions travel as text, never as pickles: whatever a
 foreign exception holds or needs to be constructed, its type, message and traceback arrive.
@@ -105,7 +105,7 @@ class Record:
 
     @property
     def round(self) -> str:
-        """What the keys of its round begin with."""
+        """The beginning of all keys of its round."""
         return f"{self.scope}/{self.stage}"
 
     @property

@@ -25,7 +25,7 @@ REVOKE_S = 20.0
 """How long revoking may take; a rank that it takes longer is ended."""
 
 WAKING = signal.SIGURG
-"""What wakes the main thread: a signal that is ignored by default, and that few programs use."""
+"""The signal that wakes the main thread: one that is ignored by default, and that few programs use."""
 
 INTERRUPT_S = 0.1
 """How long a rank that has been freed has to leave the body by itself."""
@@ -33,7 +33,7 @@ INTERRUPT_S = 0.1
 
 @runtime_checkable
 class Renewal(Protocol):
-    """What a group offers that can be revoked and made again."""
+    """The offer of a group that can be revoked and made again."""
 
     grace: float
     is_due: bool
@@ -86,7 +86,7 @@ class Revocation:
     _is_on_its_way: bool = attrs.field(default=False, init=False)
     """Whether an interrupt was sent that the thread has not raised, as far as is known."""
 
-    # What the rank's thread calls.
+    # Called by the rank's thread.
 
     def enter_body(self) -> None:
         """From now on, the thread may be interrupted."""
@@ -118,7 +118,7 @@ class Revocation:
         with self._revoking:
             self._is_over = True
 
-    # What the control thread calls.
+    # Called by the control thread.
 
     def note_failure(self, now: float) -> None:
         """Note that a rank is known to have failed."""

@@ -24,13 +24,13 @@ from .records import OK, Listed, Outcome, Record, Verdict, all_well, everyone
 
 
 ARRIVED = 1
-"""What a rank adds to the count of a round when it arrives."""
+"""A rank adds this to the count of a round when it arrives."""
 
 REPORT = 1 << 21
-"""What it adds, once a round, if it has something to tell."""
+"""It adds this, once a round, if it has something to tell."""
 
 REVOKED = 1 << 42
-"""What it adds, once a round, if it revokes the group. 64 bits are enough for two million ranks."""
+"""It adds this, once a round, if it revokes the group. 64 bits are enough for two million ranks."""
 
 FIRST_EXIT = 1
 """The place before the first exit barrier, in the order of stages."""
@@ -64,7 +64,7 @@ def path_of(parent: str, number: int, name: str, late: int = 0) -> str:
         name: Its name.
         late: How many scopes, among those that are in no other, have found the group at their exit before.
     """
-    # What a key cannot hold, and what separates scopes, is written as in a Python literal.
+    # Characters that a key cannot hold, or that separate scopes, are written as in a Python literal.
     if "/" in name or "\\" in name or not name.isprintable():
         name = name.encode("unicode_escape").decode().replace("/", "\\x2f")
     if parent:

@@ -15,7 +15,7 @@ from types import CodeType, FrameType
 OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120  (compared with the names of files, as text)
 """Where the frames of this library are."""
 
-_STDLIB = os.path.dirname(os.__file__) + os.sep  # noqa: PTH120
+_STDLIB = os.path.dirname(os.__file__) + os.sep  # noqa: PTH120  (compared as text)
 _DISTRIBUTED = f"{os.sep}torch{os.sep}distributed{os.sep}"
 
 _Step = tuple[FrameType, int]

@@ -39,7 +39,7 @@ EXIT_S = 5.0
 """How long the end of the process waits for threads that are in a store call; over a pulled cable, a clone() takes three."""
 
 ABSENT = b"?"
-"""What `peek` returns for a key that is not there; no key has this value."""
+"""The reply of `peek` for a key that is not there; no key has this value."""
 
 
 @attrs.frozen
@@ -185,7 +185,7 @@ def set_first(store: Store, key: str, value: bytes) -> bytes:
     """Write *value* unless *key* is there; wake those that wait for it; return what is there."""
     there = compare_set(store, key, b"", value)
     # The server without libuv does not wake those that wait for the key. Others do; they must not write again.
-    if there == value and isinstance(store, TCPStore) and not store.libuvBackend:  # type: ignore[attr-defined]
+    if there == value and isinstance(store, TCPStore) and not store.libuvBackend:  # type: ignore[attr-defined]  # missing in torch's stubs
         store.set(key, value)  # type: ignore[arg-type]  # torch's stub has no bytes
     return there
 

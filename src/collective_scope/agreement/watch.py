@@ -1,4 +1,4 @@
-"""What the control thread looks for while a scope lasts: missing, failed and lost ranks, deadlines, silence."""
+"""The control thread looks for these while a scope lasts: missing, failed and lost ranks, deadlines, silence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IN_BODY = "in the body of"
 
 
 class Desk(Protocol):
-    """What a span needs of the control thread."""
+    """The control thread as a span needs it."""
 
     spans: dict[int, Span]
     left: str
