@@ -540,3 +540,34 @@ def _make_fails(rank: int, world_size: int) -> Seen:
     world.destroy()
     results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
     return Seen(results, "", [], "", world.made)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        """As a terminal says."""
+        return True
+
+
+def _three_on_a_terminal() -> str:
+    printed = _Terminal()
+    with Subtests(file=printed) as subtests:
+        for number in range(3):
+            with subtests.test(f"number {number}"):
+                pass
+    return printed.getvalue()
+
+
+def test_subtests_on_a_terminal_have_a_bar_of_tqdm() -> None:
+    """Where tqdm is installed, its bar counts the subtests and shows which was the last."""
+    printed = _three_on_a_terminal()
+
+    assert "3subtest" in printed
+    assert "number 2" in printed
+    assert "3 passed" in printed.splitlines()[-1]
+
+
+def test_subtests_on_a_terminal_without_tqdm_have_a_character_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but torch and attrs is needed."""
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+
+    assert "...\n3 passed" in _three_on_a_terminal()
