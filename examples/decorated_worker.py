@@ -18,9 +18,10 @@ from collective_scope import collective_scope, current_scope
 
 @collective_scope(timeout=60)
 def write_shards(rank: int, shards: int) -> None:
-    folder: list[str | None] = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    path = Path(str(folder[0]))
+    store = dist.PrefixStore(f"{shards} shards", dist.group.WORLD.get_group_store())
+    if rank == 0:
+        store.set("folder", tempfile.mkdtemp())
+    path = Path(store.get("folder").decode())
     if rank == 0:
         current_scope().after_barrier(shutil.rmtree, path)
         current_scope().after_barrier(print, f"{shards} shards, folder still there: {path.exists()}", flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,8 +15,15 @@ from collective_scope import __version__
 CHECK = ("-m", "collective_scope", "check")
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=90)
+def _run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+        env=os.environ | variables,
+    )
 
 
 def test_check_alone_says_versions_and_how_to_go_on() -> None:
@@ -38,6 +47,16 @@ def test_check_under_torchrun_says_what_every_rank_found() -> None:
     assert "ranks        2 on 1 host: " in done.stdout
     assert "served by none of the ranks: the launcher" in done.stdout
     assert "its thread is alive on every rank" in done.stdout
+
+
+def test_check_without_numpy_is_well(tmp_path: Path) -> None:
+    """Nothing but torch and attrs is needed."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError")
+
+    done = _run("-m", "torch.distributed.run", "--nproc-per-node", "2", *CHECK, PYTHONPATH=str(tmp_path))
+
+    assert 0 == done.returncode, done.stderr
+    assert "all well" in done.stdout
 
 
 def test_check_of_anything_else_says_how_to_use_it() -> None:

@@ -155,8 +155,48 @@ def test_subtests_to_copy_that_lose_a_rank_say_which_and_run_no_more(collective:
     assert "FAILED size-10" in run.stdout.splitlines()
     if not collective:
         assert "  rank 1 of 2 lost at the exit of scope 'size-10'" in run.stdout
-    assert "not run: 1 subtests, because rank 1 of 2 lost at the entry of scope 'size-1000'" in run.stdout
+    assert "not run: 1 subtest, because rank 1 of 2 lost at the entry of scope 'size-1000'" in run.stdout
     assert re.search(r"^1 failed, 1 not run in ", run.stdout, re.MULTILINE)
+
+
+_LOSES_RANK_0 = """
+import io, os, signal, sys, time
+import torch.distributed as dist, torch.multiprocessing as mp
+from collective_scope import RenewableGroup, Subtests
+
+def worker(rank, port):
+    world = RenewableGroup(store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=3)
+    subtests = Subtests(world)
+    try:
+        with subtests:
+            for name in "abc":
+                with subtests.test(name):
+                    if name == "b" and rank == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+    finally:
+        subtests.write_junit(sys.argv[1])
+        began = time.monotonic()
+        subtests.write_trace(sys.argv[1] + ".json")
+        print(f"rank {rank}: trace took {time.monotonic() - began:.0f} s", flush=True)
+
+if __name__ == "__main__":
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    workers = mp.spawn(worker, (server.port,), nprocs=3, join=False)
+    while not workers.join(grace_period=60):
+        pass
+"""
+
+
+def test_subtests_that_lose_rank_0_are_reported_by_the_next_one(tmp_path: Path) -> None:
+    """The lowest rank that is left prints the summary, and writes what CI reads; nobody waits for the dead one."""
+    script, junit = tmp_path / "script.py", tmp_path / "junit.xml"
+    script.write_text(_LOSES_RANK_0)
+    run = run_script(script, str(junit), timeout=120, expect_exit=1)
+
+    assert 1 == run.stdout.count("FAILED b\n  rank 0 of 3 lost at the exit of scope 'b'")
+    assert 'failures="1"' in junit.read_text()
+    for rank in (1, 2):
+        assert int(run.stdout.partition(f"rank {rank}: trace took ")[2].split()[0]) <= 5
 
 
 def test_index_of_examples_names_each_of_them() -> None:

@@ -126,6 +126,24 @@ def _mesh(rank: int, world_size: int) -> Any:
     return seen, world.made
 
 
+def _sub_group_of_its_own(rank: int, world_size: int) -> Any:
+    def make(store: dist.Store) -> Any:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        return dist.new_group(list(range(world_size)))
+
+    world = RenewableGroup(make, store=_store("both"), rank=rank, world_size=world_size)
+    seen = _in_scopes(
+        world,
+        [
+            lambda: _sum_of_ranks(world.value),
+            _fail_on(rank, 1, lambda: _sum_of_ranks(world.value)),
+            lambda: [_sum_of_ranks(world.value), _sum_of_ranks()],
+        ],
+    )
+    world.destroy()
+    return seen, world.made
+
+
 def _sub_group_only(rank: int, world_size: int) -> Any:
     dist.init_process_group("gloo", store=_store("stays"), rank=rank, world_size=world_size)
     default = id(dist.group.WORLD)
@@ -150,6 +168,7 @@ def _sub_group_only(rank: int, world_size: int) -> Any:
     [
         pytest.param(_default_only, 1, 1.0, id="default-group"),
         pytest.param(_mesh, 0, 1.0, id="device-mesh"),
+        pytest.param(_sub_group_of_its_own, 1, [1.0, 1.0], id="default-group-that-returns-a-sub-group"),
         pytest.param(_sub_group_only, 1, [1.0, 1.0, True], id="sub-group-only"),
     ],
 )

@@ -98,7 +98,6 @@ def test_peers_failed_later_errors_of_a_rank_follow_its_first() -> None:
         pytest.param("BrokenPipeError", "[Errno 32] Broken pipe", id="pipe"),
         pytest.param("queue.Empty", "timeout", id="queue"),
         pytest.param("mpi4py.MPI.Exception", "MPIX_ERR_REVOKED: Communication object revoked", id="mpi"),
-        pytest.param("collective_scope.exceptions.PeerFailedError", "rank 1 of 2 failed", id="inner-scope"),
     ],
 )
 def test_peers_failed_error_after_the_first_that_speaks_of_a_peer_is_likely_a_consequence(
@@ -119,6 +118,22 @@ def test_peers_failed_error_after_the_first_that_speaks_of_a_peer_is_likely_a_co
         "            2 (body failed: ValueError: my own)",
         "            3 (body failed: AssertionError: assert 'Timed out' in text)",
     ] == lines[1:5]
+
+
+def test_peers_failed_error_that_passes_on_another_is_listed_after_it() -> None:
+    """A rank may tell of a failure in a scope within before the rank that failed has told of it."""
+    kind = "collective_scope.exceptions.PeerFailedError"
+    outcomes = {
+        0: Outcome("body", kind, "rank 1 of 2 failed", "", 1),
+        1: Outcome("body", "ValueError", "my own", "", 2),
+    }
+    lines = _report.peers_failed(_verdict(2, outcomes=outcomes)).splitlines()
+
+    assert "rank 1 first" in lines[0]
+    assert [
+        "  arrived:  1 (body failed: ValueError: my own)",
+        f"            0 (body failed: {kind}: rank 1 of 2 failed; likely a consequence)",
+    ] == lines[1:3]
 
 
 def test_lost_rank_makes_the_first_failure_likely_a_consequence() -> None:

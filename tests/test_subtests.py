@@ -542,6 +542,62 @@ def _make_fails(rank: int, world_size: int) -> Seen:
     return Seen(results, "", [], "", world.made)
 
 
+def test_summary_shows_the_line_that_raised_and_not_one_of_a_note() -> None:
+    """A note may quote the stack of another rank, further from the left."""
+    traceback = (
+        'Traceback (most recent call last):\n  File "/suite/body.py", line 11, in body\n    fail()\n'
+        'ValueError: no\nIn addition: a rank is missing\n                 File "/suite/body.py", line 12, in body\n'
+    )
+    outcome = Outcome("body", "ValueError", "no", traceback, order=1)
+    result = SubtestResult("a", "failed", verdict=Verdict("scope", 1, (0,), outcomes={0: outcome}))
+
+    assert "    /suite/body.py:11" in summary([result], 1.0, "").splitlines()
+
+
+def _end_in(rank: int, world_size: int) -> tuple[str, str]:
+    world = RenewableGroup(store=dist.PrefixStore("end", here().new_store()), rank=rank, world_size=world_size)
+    printed, end = io.StringIO(), ""
+    try:
+        with Subtests(world, file=printed, timeout=30) as subtests:
+            for name in "abc":
+                with subtests.test(name):
+                    if name == "b" and rank == 1:
+                        sys.exit(3)
+    except BaseException as error:
+        end = type(error).__name__
+    world.destroy()
+    return end, printed.getvalue()
+
+
+def test_subtests_that_an_exit_ends_early_say_that_the_rest_has_not_run(pool: RankPool) -> None:
+    """SystemExit on one rank ends the loop on all; the count does not look like that of a whole loop."""
+    (first, printed), (second, _) = values(pool.run(_end_in, timeout=60.0))
+
+    assert ("PeerFailedError", "SystemExit") == (first, second)
+    assert "the loop ended with subtest 'b': later subtests have not run, and are not counted" in printed
+
+
+def _fail_within(rank: int, world_size: int) -> str:
+    world = RenewableGroup(store=dist.PrefixStore("within", here().new_store()), rank=rank, world_size=world_size)
+    printed = io.StringIO()
+    try:
+        with Subtests(world, file=printed, timeout=30) as subtests, subtests.test("a"), collective_scope(name="within"):
+            if rank == 1:
+                msg = "true cause"
+                raise ValueError(msg)
+    except ExceptionGroup:
+        pass
+    world.destroy()
+    return printed.getvalue()
+
+
+def test_subtests_with_a_scope_that_fails_within_show_its_cause_first(pool: RankPool) -> None:
+    """Whichever rank leaves the inner scope first, the error of the rank that failed is at the top."""
+    printed, _ = values(pool.run(_fail_within, timeout=60.0))
+
+    assert "FAILED a\n  rank 1, body: ValueError: true cause" in printed
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         """As a terminal says."""

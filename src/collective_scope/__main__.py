@@ -6,6 +6,7 @@ Run it as the suite is run: alone, or under torchrun. The exit code is 0 if all 
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -75,9 +76,8 @@ def check() -> bool:
     trip = median(lambda: store.add("collective_scope check", 0))
     base: Any = base_of(store)
     is_host = isinstance(base, dist.TCPStore) and serves_store(base.port)
-    facts = (socket.gethostname(), trip, barrier, scope, is_host, control.broken)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, facts)
+    facts = (socket.gethostname(), trip, barrier, scope, is_host, control.broken and repr(control.broken))
+    everyone = exchange(store, facts)
     hosts = sorted({each[0] for each in everyone})
     print_once(f"ranks        {len(everyone)} on {len(hosts)} host{'s' * (len(hosts) > 1)}: {', '.join(hosts)}")
     serving = next((f"rank {rank}" for rank, each in enumerate(everyone) if each[4]), "none of the ranks: the launcher")
@@ -96,6 +96,14 @@ def check() -> bool:
                 print_once(f"NCCL         {name}={wanted} for a RenewableGroup ({why})")
     print_once("not well" if broken else "all well")
     return not broken
+
+
+def exchange(store: dist.Store, facts: tuple[Any, ...]) -> list[Any]:
+    """Return the facts of every rank, on every rank. Not with torch's object collectives: those need numpy."""
+    keys = [f"collective_scope check/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], json.dumps(facts))
+    leave("facts")
+    return [json.loads(store.get(key)) for key in keys]
 
 
 def leave(name: str) -> None:

@@ -178,7 +178,11 @@ def failed(
     report.outcome = "failed"
     vars(report).pop("wasxfail", None)
     if verdict is not None and verdict.world_size > 1:
-        name_ranks(report, alike, line)
+        if verdict.lost and lead is not None:  # a rank that is gone has told nothing, and is the cause
+            who = f"{_numbered(verdict.lost)} lost, and {_numbered(alike)} failed: "
+            name_ranks(report, [], f"{who}{line}")
+        else:
+            name_ranks(report, alike, line)
         _add(report, "ranks", "\n".join(map(str, ours)) if ours and lead else "")
         _add(report, "ranks", "\n".join(_outcomes(verdict)) if verdict.complete else "")
     for error in local:
@@ -216,9 +220,13 @@ def subtests_elsewhere(
     return reports
 
 
+def _numbered(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {_numbers(ranks)}"
+
+
 def name_ranks(report: pytest.TestReport, ranks: Sequence[int], line: str = "") -> None:
     """Let the line of the summary begin with the ranks that failed."""
-    who = f"rank{'s' * (len(ranks) > 1)} {_numbers(ranks)}: " if ranks else ""
+    who = f"{_numbered(ranks)}: " if ranks else ""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
         crash.message = f"{who}{line or crash.message}"

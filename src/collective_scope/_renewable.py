@@ -75,8 +75,8 @@ class RenewableGroup:
         world_size: Number of ranks. Default: the environment's ``WORLD_SIZE``.
 
         destroy:
-            Takes down what *make* has built. Default: ``dist.destroy_process_group`` of what it
-            returned, if that is a process group other than the default one, or of all groups.
+            Takes down what *make* has built. Default: ``dist.destroy_process_group`` of all groups;
+            of the one that *make* returned, if it did not make the default group.
 
         grace: Seconds from a failure until the group is revoked, if not all ranks have come to the exit.
 
@@ -311,7 +311,8 @@ class RenewableGroup:
         value, self.value = self.value, None
         if not dist.is_initialized():
             return  # an abort has taken it out of torch's books
-        if isinstance(value, dist.ProcessGroup) and value is not dist.group.WORLD:
+        # The default group goes if make() has made it, and then all others go with it.
+        if isinstance(value, dist.ProcessGroup) and dist.group.WORLD not in self._groups:
             if value in all_groups():
                 dist.destroy_process_group(value)
         else:

@@ -16,7 +16,7 @@ from ._api import collective_scope
 from ._failures import is_skip
 from ._scope import CollectiveScope
 from ._subtest_result import ExpectedFailure, SubtestResult, judge_subtest, told
-from ._subtests_report import Progress, summary, write_junit, write_trace
+from ._subtests_report import Progress, lost, summary, write_junit, write_trace
 from ._torch import has_closed
 from .exceptions import CollectiveScopeError
 
@@ -101,16 +101,19 @@ class Subtests:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._rank == 0:
+        if self._speaks:
             self._get_progress().end()
-            text = summary(self.results, time.monotonic() - self._started, self._rerun)
+            ended = self.results[-1].id if error is not None and self.results else ""
+            text = summary(self.results, time.monotonic() - self._started, self._rerun, ended)
             file = self._file or sys.stdout
             file.write(f"{text}\n")  # in one piece: other ranks may write to the same place
             file.flush()
         failed = [result for result in self.results if result.status in ("failed", "not run")]
         if failed and error is None:
             errors = [result.error for result in failed if isinstance(result.error, Exception)]
-            msg = f"{len(failed)} of {len(self.results)} subtests failed"
+            not_run = sum(result.status == "not run" for result in failed)
+            also = f", and {not_run} did not run" if not_run else ""
+            msg = f"{len(failed) - not_run} of {len(self.results)} subtests failed{also}"
             raise ExceptionGroup(msg, errors or [CollectiveScopeError(msg)])
 
     def test(self, id: str) -> Subtest:  # noqa: A002  (what it is)
@@ -137,8 +140,8 @@ class Subtests:
         raise ExpectedFailure(reason)
 
     def write_junit(self, path: str, name: str = "subtests") -> None:
-        """Write what CI servers read, on rank 0."""
-        if self._rank == 0:
+        """Write the format that CI servers read, on rank 0; if that is gone, on the lowest rank that is left."""
+        if self._speaks:
             write_junit(self.results, path, name)
 
     def write_trace(self, path: str) -> None:
@@ -158,6 +161,11 @@ class Subtests:
         found = _groups.find(self._group)
         barrier = None if found is None else found[0].barrier
         return 0 if barrier is None else barrier.rank
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank is the lowest that is left."""
+        return self._rank == min(set(range(self._rank + 1)) - lost(self.results), default=self._rank)
 
     def _get_progress(self) -> Progress:
         if self._progress is None:

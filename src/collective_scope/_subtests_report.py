@@ -79,14 +79,16 @@ class Progress:
             print(file=self._file, flush=True)
 
 
-def summary(results: Sequence[SubtestResult], seconds: float, rerun: str) -> str:
-    """Say what failed, the cause first, and count the rest."""
+def summary(results: Sequence[SubtestResult], seconds: float, rerun: str, ended: str = "") -> str:
+    """Say what failed, the cause first, and count the rest; if the loop has *ended* early, say where."""
     lines: list[str] = []
     for result in results:
         if result.status == "failed":
             lines += _failure(result, rerun)
     not_run = Counter(result.reason for result in results if result.status == "not run")
-    lines += [f"not run: {count} subtests, because {reason}" for reason, count in not_run.items()]
+    lines += [f"not run: {_subtests(count)}, because {reason}" for reason, count in not_run.items()]
+    if ended:
+        lines.append(f"the loop ended with subtest {ended!r}: later subtests have not run, and are not counted")
     slow = sorted(results, key=lambda result: -result.seconds)[:MOST_SLOW]
     if len(results) > MOST_SLOW:
         lines.append("slowest: " + ", ".join(f"{result.id} {result.seconds:.2f} s" for result in slow))
@@ -99,6 +101,10 @@ def summary(results: Sequence[SubtestResult], seconds: float, rerun: str) -> str
     counts = Counter(result.status for result in results)
     text = ", ".join(f"{counts[status]} {status}" for status in MARKS if counts[status]) or "no subtests"
     return "\n".join([*lines, f"{text} in {seconds:.2f} s"])
+
+
+def _subtests(count: int) -> str:
+    return f"{count} subtest{'s' * (count != 1)}"
 
 
 def _failure(result: SubtestResult, rerun: str) -> list[str]:
@@ -125,7 +131,8 @@ def _failure(result: SubtestResult, rerun: str) -> list[str]:
 
 def _place(outcome: Outcome) -> str:
     """Return file and line of the innermost frame in a traceback that is not torch's or Python's own."""
-    places = re.findall(r'File "(.+)", line (\d+), in', outcome.traceback)
+    # Frames stand two spaces from the left, in a group after its bar; those in notes stand further off.
+    places = re.findall(r'^(?: *\| )?  File "(.+)", line (\d+), in', outcome.traceback, re.MULTILINE)
     users = [place for place in places if "site-packages" not in place[0] and "/lib/python3" not in place[0]]
     return ":".join((users or places)[-1]) if places else ""
 
@@ -163,13 +170,18 @@ def _printable(text: str) -> str:
     return "".join(char for char in text if char in "\n\t" or char.isprintable())
 
 
+def lost(results: Sequence[SubtestResult]) -> set[int]:
+    """Return the ranks that are gone."""
+    return {rank for result in results if result.verdict is not None for rank in result.verdict.lost}
+
+
 def write_trace(results: Sequence[SubtestResult], path: str, barrier: Barrier | None) -> None:
     """Write a Chrome trace of all ranks, on rank 0; the others hand theirs over."""
     rank = 0 if barrier is None else barrier.rank
     # All clocks of a machine agree; those of others are as far off as their wall clocks are.
     offset = time.time() - time.monotonic()
     events = [_event(rank, *phase) for result in results for phase in _phases(result, offset)]
-    everyone = [events] if barrier is None else _collect(barrier, events)
+    everyone = [events] if barrier is None else _collect(barrier, events, lost(results))
     if rank == 0:
         names = [
             {"ph": "M", "name": "process_name", "pid": each, "tid": 0, "args": {"name": f"rank {each}"}}
@@ -200,8 +212,8 @@ def _event(rank: int, name: str, kind: str, began: float, ended: float) -> dict[
     return event | ({"ph": "i", "s": "t"} if kind in _HAPPENED else {"ph": "X", "dur": (ended - began) * 1e6})
 
 
-def _collect(barrier: Barrier, events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Hand the events of this rank over, and return those of all ranks, on rank 0; none of one that is late."""
+def _collect(barrier: Barrier, events: list[dict[str, Any]], gone: set[int]) -> list[list[dict[str, Any]]]:
+    """Hand the events of this rank over, and return those of all ranks, on rank 0; none of one that is late or gone."""
     part = barrier.part
     store = base_of(part.clone())
     keys = [part.key(f"trace/{rank}") for rank in range(part.world_size)]
@@ -210,7 +222,7 @@ def _collect(barrier: Barrier, events: list[dict[str, Any]]) -> list[list[dict[s
         return []
     texts: dict[str, bytes] = {}
     deadline = time.monotonic() + COLLECT_S
-    while len(texts) < len(keys) and time.monotonic() < deadline:
+    while len(texts) < len(keys) - len(gone) and time.monotonic() < deadline:
         texts |= {key: text for key in keys if key not in texts and (text := peek(store, key)) != ABSENT}
         time.sleep(POLL_S)
     for key in keys:

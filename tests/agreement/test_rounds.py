@@ -368,3 +368,11 @@ def test_failures_in_order_begin_with_the_one_published_first(orders: list[int],
     assert [*sorted(orders), *[0] * unpublished] == [
         outcome.order for _, outcome in cast("list[tuple[int, Outcome]]", failures_in_order(outcomes))
     ]
+
+
+def test_failures_in_order_end_with_those_that_pass_on_a_peers() -> None:
+    """A rank that has heard of a failure in a scope within may tell of it before the rank that failed."""
+    passed_on = attrs.evolve(_FAILED, type_name="collective_scope.PeerFailedError", order=1)
+    outcomes = {0: passed_on, 1: attrs.evolve(_FAILED, order=2), 2: attrs.evolve(_FAILED, order=0)}
+
+    assert [1, 2, 0] == [rank for rank, _ in failures_in_order(outcomes)]

@@ -104,7 +104,7 @@ def _functions(text: str) -> list[str]:
     [
         pytest.param(_Parked.body.__code__, ["body", "_almost", "_innermost"], id="body"),
         pytest.param(_Parked._almost.__code__, ["_almost", "_innermost"], id="body-among-the-innermost"),  # noqa: SLF001  (looked into on purpose)
-        pytest.param(_Parked._innermost.__code__, ["_almost", "_innermost"], id="body-is-the-innermost"),  # noqa: SLF001  (looked into on purpose)
+        pytest.param(_Parked._innermost.__code__, ["_innermost"], id="body-is-the-innermost"),  # noqa: SLF001  (looked into on purpose)
         pytest.param(None, ["_almost", "_innermost"], id="not-known"),
         pytest.param(_functions.__code__, ["_almost", "_innermost"], id="left"),
     ],
@@ -126,6 +126,27 @@ def test_body_that_calls_itself_is_shown_where_it_was_entered_last() -> None:
 
     assert ["_deeper", "_almost", "_innermost"] == _functions(text)
     assert "self._almost()" in text.splitlines()[1]
+
+
+def test_thread_that_waits_while_it_handles_an_exception_names_it() -> None:
+    """A rank that has failed, and waits in ``finally`` for peers that wait elsewhere, says how it failed."""
+    parked = _Parked()
+
+    def body() -> None:
+        with contextlib.suppress(ValueError):
+            try:
+                msg = "shapes differ"
+                raise ValueError(msg)
+            finally:
+                parked.body(0)
+
+    with _thread(body) as ident:
+        assert parked.is_there.wait(PATIENCE_S)
+        text = where_is(ident, body.__code__)
+        parked.let_go()
+
+    assert ["body", "_almost", "_innermost"] == _functions(text)
+    assert "  while it handles ValueError: shapes differ" == text.splitlines()[-1]
 
 
 def test_thread_that_has_ended_is_nowhere() -> None:

@@ -74,7 +74,12 @@ def test_traceback_of_error_that_cannot_be_formatted_says_where_and_why(error: E
     text = traceback_of(_raised(error))
 
     assert "in _raised" in text
-    assert text.endswith(f"{__name__}.{name}: <it cannot be formatted: that raised LookupError>\n")
+    # Python 3.13 formats all but the notes.
+    said = (
+        f"{name}: <it cannot be formatted: that raised LookupError>\n",
+        "Ignored error getting __notes__: LookupError",
+    )
+    assert any(f"{__name__}.{each}" in text or each in text for each in said)
 
 
 def test_traceback_of_chained_error_has_cause_notes_and_end() -> None:

@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 
 import attrs
 
-from .stacks import OURS
+from .text import OURS
 
 
 REVOKE_S = 20.0

@@ -227,9 +227,18 @@ def agree(lists: Iterable[tuple[Listed, ...]]) -> tuple[str, ...]:
 
 
 def failures_in_order(outcomes: Mapping[int, Outcome]) -> list[tuple[int, Outcome]]:
-    """Return the failures among *outcomes*, the one that was published first at the top."""
-    failed = [(rank, outcome) for rank, outcome in outcomes.items() if not outcome.ok]
-    return sorted(failed, key=lambda item: (not item[1].order, item[1].order, item[0]))
+    """
+    Return the failures among *outcomes*, the one that was published first at the top.
+
+    A rank may fail with the error of a peer, which a scope within this one has told it, before the peer does
+    so itself: such failures come last.
+    """
+
+    def key(item: tuple[int, Outcome]) -> tuple[bool, bool, int, int]:
+        rank, outcome = item
+        return outcome.type_name.endswith("PeerFailedError"), not outcome.order, outcome.order, rank
+
+    return sorted(((rank, outcome) for rank, outcome in outcomes.items() if not outcome.ok), key=key)
 
 
 def _to_compare(listed: tuple[Listed, ...]) -> tuple[tuple[str, str], ...]:

@@ -10,10 +10,10 @@ import threading
 import traceback
 from collections.abc import Iterator
 from types import CodeType, FrameType
+from typing import Any
 
+from .text import OURS, message_of, one_line, type_name
 
-OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120  (compared with the names of files, as text)
-"""Where the frames of this library are."""
 
 _STDLIB = os.path.dirname(os.__file__) + os.sep  # noqa: PTH120  (compared as text)
 _DISTRIBUTED = f"{os.sep}torch{os.sep}distributed{os.sep}"
@@ -25,14 +25,17 @@ def where_is(thread: int, body: CodeType | None = None) -> str:
     """
     Show where *thread* is, and where other threads wait for a collective, as lines of a traceback.
 
+    An exception that the thread is handling is named, because it may be the cause: of a rank that waits in
+    ``finally``, for peers that wait for it elsewhere.
+
     Args:
         thread: Its identifier.
-        body: The code in which the scope was entered: its line is shown, and the two innermost.
+        body: The code in which the scope was entered: its line is shown, and the two innermost within it.
     """
     with no_collection():
         stacks = {ident: _stack(frame) for ident, frame in sys._current_frames().items()}  # noqa: SLF001  (documented, for this purpose)
     names = {each.ident: each.name for each in threading.enumerate()}
-    text = _show(stacks[thread], body) if thread in stacks else ""
+    text = _show(stacks[thread], body) + _handled(thread) if thread in stacks else ""
     for ident, stack in stacks.items():
         name = names.get(ident, str(ident))
         if ident != thread and not name.startswith("collective_scope-") and any(map(_is_collective, stack)):
@@ -73,10 +76,18 @@ def _stack(frame: FrameType) -> list[_Step]:
 def _show(stack: list[_Step], body: CodeType | None) -> str:
     # The wrappers of torch and of the standard library say less than the line that called them.
     users = [step for step in stack if not _is_wrapper(step[0].f_code.co_filename)] or stack
-    last = [number for number, step in enumerate(users) if step[0].f_code is body][-1:]
-    chosen = [users[number] for number in sorted({*last, *range(max(0, len(users) - 2), len(users))})]
+    entered = max((number for number, step in enumerate(users) if step[0].f_code is body), default=0)
+    last = [entered] if users and users[entered][0].f_code is body else []
+    chosen = [users[number] for number in sorted({*last, *range(max(entered, len(users) - 2), len(users))})]
     # Not extract_stack(): the steps between are left out.
     return "".join(traceback.format_list(traceback.StackSummary.extract(iter(chosen))))
+
+
+def _handled(thread: int) -> str:
+    """Name the exception that *thread* is handling, in ``except``, ``finally`` or ``__exit__``."""
+    handled: Any = sys._current_exceptions().get(thread)  # noqa: SLF001  (documented, for this purpose)
+    error = handled[1] if isinstance(handled, tuple) else handled  # as up to Python 3.11
+    return "" if error is None else f"  while it handles {one_line(type_name(error), message_of(error))}\n"
 
 
 def _is_wrapper(file: str) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from types import TracebackType
 
-from .stacks import OURS
 
+OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120  (compared with the names of files, as text)
+"""Where the frames of this library are."""
 
 MESSAGE_LIMIT = 16_384
 """Characters of an exception's message that travel."""
