@@ -110,11 +110,16 @@ def sub_groups(_rank: int, _world_size: int, count: int = 50) -> Figures:
 
 
 def renewable(rank: int, world_size: int, batches: int = 60, repeats: int = 20) -> Figures:
-    group = dist.new_group()
-    world = RenewableGroup(lambda _: group, store=here().new_store(), rank=rank, world_size=world_size, destroy=int)
-    taken: dict[str, list[float]] = {"plain": [], "renewable": []}
+    group, default = dist.new_group(), dist.group.WORLD
+    assert default is not None
+    store = dist.PrefixStore("renewable", default.get_group_store())
+    world = RenewableGroup(lambda _: group, store=store, rank=rank, world_size=world_size, destroy=int)
+    # Another plain group shows how much of a difference is chance.
+    groups = [("plain", group), ("another", dist.new_group()), ("renewable", world)]
+    taken: dict[str, list[float]] = {name: [] for name, _ in groups}
     for batch in range(batches):
-        for name, each in (("plain", group), ("renewable", world)):
+        first = batch % len(groups)
+        for name, each in groups[first:] + groups[:first]:
             dist.barrier()
             start = time.perf_counter()
             for _ in range(repeats):
@@ -123,7 +128,7 @@ def renewable(rank: int, world_size: int, batches: int = 60, repeats: int = 20) 
             if batch > 2:
                 taken[name].append((time.perf_counter() - start) / repeats * 1e6)
     medians = {name: statistics.median(each) for name, each in taken.items()}
-    return {**medians, "ratio": statistics.median(b / a for a, b in zip(*taken.values(), strict=True))}
+    return {**medians, **{f"{name} / plain": medians[name] / medians["plain"] for name in ("another", "renewable")}}
 
 
 def renewal(rank: int, world_size: int, count: int = 20) -> Figures:

@@ -90,8 +90,9 @@ class Revocation:
 
     def enter_body(self) -> None:
         """From now on, the thread may be interrupted."""
-        if self._is_main() and signal.getsignal(WAKING) == signal.SIG_DFL:
-            signal.signal(WAKING, _on_waking)
+        # Once: getsignal() makes an enumeration of its result, which is a tenth of a scope.
+        if not _handled and self._is_main() and signal.getsignal(WAKING) == signal.SIG_DFL:
+            _handled.append(signal.signal(WAKING, _on_waking))
         self._is_in_body = True
 
     def leave_body(self) -> None:
@@ -193,6 +194,10 @@ class Revocation:
 
 _asked: list[Revocation] = []
 """The one that has sent `WAKING` last."""
+
+
+_handled: list[object] = []
+"""The handler of `WAKING` before ours; none as long as ours is not there."""
 
 
 def _on_waking(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (given to every handler)
