@@ -108,7 +108,7 @@ def _subtest(world: RenewableGroup, name: str, number: int, failure: Failure) ->
             times["began"] = time.monotonic()
             scope.cleanup(lambda: times.update(body_ended=time.monotonic()))
             _body(world, scope.group, value, failure, times)
-    except Exception as raised:
+    except Exception as raised:  # noqa: BLE001  (kept, and looked at by the test)
         error = raised
     failures = {} if scope.verdict is None else scope.verdict.failures
     first = min(failures.values(), key=lambda outcome: outcome.order or 10**9, default=None)

@@ -75,7 +75,7 @@ def _pool() -> Iterator[RankPool]:
         yield pool
 
 
-def _after(rank: int, world_size: int, module: str, fails: str) -> None:
+def _after(rank: int, world_size: int, module: str, fails: str) -> None:  # noqa: ARG001  (given to every function of a rank)
     os.environ["ADOPT_FAILS"] = fails
     try:
         importlib.import_module(f"examples.adopt.{module}").after()

@@ -520,7 +520,7 @@ def test_scopes_of_a_process_without_more_threads_go_on(monkeypatch: pytest.Monk
                 with scope:
                     scope.collective_cleanup(str, name="c")
                     if (i, rank) == (1, 1):
-                        raise _BodyError
+                        raise _BodyError  # noqa: TRY301  (raised into the scope under test)
             except (_BodyError, PeerFailedError):
                 pass
             verdicts.append(str(scope.verdict))
@@ -643,10 +643,10 @@ _schedules = st.integers(1, 3).flatmap(
     lambda world_size: st.lists(
         st.builds(
             _Plan,
-            body_fails=st.booleans() | st.just(False),
+            body_fails=st.booleans() | st.just(False),  # noqa: FBT003  (a field of a record, or a setting)
             arrives_after=st.integers(0, world_size - 1),
             cleanups=st.lists(
-                st.tuples(st.sampled_from("ABCxyz"), st.booleans() | st.just(False)),
+                st.tuples(st.sampled_from("ABCxyz"), st.booleans() | st.just(False)),  # noqa: FBT003  (a field of a record, or a setting)
                 unique_by=lambda cleanup: cleanup[0],
                 max_size=5,
             ).map(tuple),
@@ -699,8 +699,8 @@ def _play(plan: _Plan, rank: int, group: RankGroup, sequencer: Sequencer, turns:
             scope.after_barrier(calls.append, "after")
             turns.wait(rank, sequencer)
             if plan.body_fails:
-                raise _BodyError
-    except BaseException as error:
+                raise _BodyError  # noqa: TRY301  (raised into the scope under test)
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         raised = error
     return scope.verdict, calls, raised
 

@@ -234,7 +234,7 @@ def _run_cell(rank: int, world_size: int, cell: Cell) -> Observed:
             ran.append("body")
             if own is not None:
                 _raise(own)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         surfaced = error
     with collective_scope(name="next", timeout=_SCOPE_TIMEOUT_S) as following:
         pass
@@ -432,7 +432,7 @@ def _raise_deep_inside() -> None:
     raise AssertionError(msg)
 
 
-def _tell_of_failure(rank: int, world_size: int) -> tuple[Any, str, Any] | None:
+def _tell_of_failure(rank: int, world_size: int) -> tuple[Any, str, Any] | None:  # noqa: ARG001  (given to every function of a rank)
     try:
         with collective_scope(name="cell", timeout=_SCOPE_TIMEOUT_S) as scope:
             if rank == 1:
@@ -464,7 +464,7 @@ def test_scope_peer_failure_arrives_with_phase_type_message_traceback(run: Calla
     assert "LookupError: later" in text
 
 
-def _two_collective(rank: int, world_size: int) -> tuple[str, str, Any]:
+def _two_collective(rank: int, world_size: int) -> tuple[str, str, Any]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[str] = []
     surfaced = ""
     try:
@@ -495,7 +495,7 @@ def test_scope_one_of_three_collective_missing_runs_the_other_two(run: Callable[
     }
 
 
-def _in_another_order(rank: int, world_size: int) -> tuple[list[str], str, bool]:
+def _in_another_order(rank: int, world_size: int) -> tuple[list[str], str, bool]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[str] = []
     surfaced = ""
     names = ["a", "b"] if rank == 0 else ["b", "a"]
@@ -515,7 +515,7 @@ def test_scope_collective_cleanups_in_another_order_run_nowhere(run: Callable[..
     assert [([], "CleanupMismatchError", True)] * 2 == run(2, _in_another_order)
 
 
-def _fingerprint_raises(rank: int, world_size: int, raising: list[int]) -> tuple[list[str], str, Any]:
+def _fingerprint_raises(rank: int, world_size: int, raising: list[int]) -> tuple[list[str], str, Any]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[str] = []
     surfaced = ""
     try:
@@ -523,7 +523,7 @@ def _fingerprint_raises(rank: int, world_size: int, raising: list[int]) -> tuple
             fingerprint = (lambda: _raise(LookupError("no print"))) if rank in raising else (lambda: None)
             scope.collective_cleanup(ran.append, "destroy", name="destroy", fingerprint=fingerprint)
             scope.cleanup(ran.append, "top")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (kept, and looked at by the test)
         surfaced = type(error).__name__
     return ran, surfaced, scope.verdict
 
@@ -547,7 +547,7 @@ def test_scope_fingerprint_that_raises_on_all_ranks_raises_on_all(run: Callable[
     assert results[0][0] == results[1][0]
 
 
-def _interrupted_cleanup(rank: int, world_size: int, body: str) -> tuple[str, str, list[str]]:
+def _interrupted_cleanup(rank: int, world_size: int, body: str) -> tuple[str, str, list[str]]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[str] = []
     surfaced: BaseException | None = None
     try:
@@ -558,7 +558,7 @@ def _interrupted_cleanup(rank: int, world_size: int, body: str) -> tuple[str, st
             scope.cleanup(ran.append, "last")
             if body == "raises":
                 _raise(ValueError("body"))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         surfaced = error
     attached = getattr(surfaced, "collective_scope_errors", ())
     return type(surfaced).__name__, " ".join(type(error).__name__ for error in attached), ran
@@ -593,7 +593,7 @@ class _RaisingHandler(logging.Handler):
         raise RuntimeError(msg)
 
 
-def _with_a_broken_log(rank: int, world_size: int) -> tuple[str, bool, list[str], bool]:
+def _with_a_broken_log(rank: int, world_size: int) -> tuple[str, bool, list[str], bool]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[str] = []
     surfaced: BaseException | None = None
     own = ValueError("body")
@@ -605,7 +605,7 @@ def _with_a_broken_log(rank: int, world_size: int) -> tuple[str, bool, list[str]
             scope.cleanup(ran.append, "first")
             if rank == 1:
                 _raise(own)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         surfaced = error
     finally:
         logger.removeHandler(handler)
@@ -621,7 +621,7 @@ def test_scope_log_handler_that_raises_changes_nothing(run: Callable[..., list[A
     )
 
 
-def _after_barrier(rank: int, world_size: int, how: str) -> tuple[str, list[str]]:
+def _after_barrier(rank: int, world_size: int, how: str) -> tuple[str, list[str]]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[str] = []
     surfaced: BaseException | None = None
     try:
@@ -634,7 +634,7 @@ def _after_barrier(rank: int, world_size: int, how: str) -> tuple[str, list[str]
             scope.collective_cleanup(ran.append, "destroy")
             if how == "body raises" and rank == 1:
                 _raise(ValueError("body"))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (kept, and looked at by the test)
         surfaced = error
     return type(surfaced).__name__, ran
 

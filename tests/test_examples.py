@@ -144,7 +144,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("collective", [False, True], ids=["at-the-exit", "in-a-collective"])
-def test_subtests_to_copy_that_lose_a_rank_say_which_and_run_no_more(collective: bool, tmp_path: Path) -> None:
+def test_subtests_to_copy_that_lose_a_rank_say_which_and_run_no_more(collective: bool, tmp_path: Path) -> None:  # noqa: FBT001  (parametrized)
     """The rank that is left fails the subtest, does not begin the next one, and says which rank is gone."""
     shutil.copy(EXAMPLES / "test_subtests.py", tmp_path)
     script = tmp_path / "script.py"

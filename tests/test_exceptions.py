@@ -99,10 +99,10 @@ def test_exception_copy_keeps_text_verdict_and_notes(
     """An error survives the way between processes with all that it says."""
     error = cls("line one\nline two", _VERDICT)
     error.add_note("a note")
-    error.collective_scope_errors = (PeerFailedError("another", _VERDICT),)  # type: ignore[attr-defined]  # it is there, or the test fails
+    error.collective_scope_errors = (PeerFailedError("another", _VERDICT),)  # type: ignore[attr-defined]  # as a scope sets it
     again = copied(error)
 
     assert type(error) is type(again)
     assert (str(error), error.verdict, ["a note"]) == (str(again), again.verdict, again.__notes__)
-    assert ["another"] == [str(each) for each in again.collective_scope_errors]  # type: ignore[attr-defined]  # it is there, or the test fails
+    assert ["another"] == [str(each) for each in again.collective_scope_errors]  # type: ignore[attr-defined]  # as a scope sets it
     assert repr(error) == repr(again)

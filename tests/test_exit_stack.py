@@ -103,7 +103,7 @@ def _play(
             run.log.append("body")
             if body_fails:
                 run.fail("body")
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         caught = error
     return run, caught
 
@@ -126,7 +126,7 @@ def test_scope_alone_runs_any_program_like_an_exit_stack(program: tuple[list[_St
         assert str(reference_error) == str(error)
     elif ours.raised:
         # Here a scope differs on purpose: the body's error surfaces, or all of the cleanups'.
-        told = getattr(error, "collective_scope_errors", ()) if program[1] else error.exceptions  # type: ignore[union-attr]  # it is there, or the test fails
+        told = getattr(error, "collective_scope_errors", ()) if program[1] else error.exceptions  # type: ignore[union-attr]  # a group, in that program
         assert ours.raised == [*([error] if program[1] else []), *told]
     assert scope.verdict is not None
     assert scope.verdict.ok == (not ours.raised)

@@ -42,23 +42,23 @@ class _Communicator:
     def __init__(self) -> None:
         self._attribute: Any = None
 
-    def Get_rank(self) -> int:
+    def Get_rank(self) -> int:  # noqa: N802  (a name of mpi4py's)
         return 0
 
-    def Get_size(self) -> int:
+    def Get_size(self) -> int:  # noqa: N802  (a name of mpi4py's)
         return 1
 
-    def Get_attr(self, _key: int) -> Any:
+    def Get_attr(self, _key: int) -> Any:  # noqa: N802  (a name of mpi4py's)
         return self._attribute
 
-    def Set_attr(self, _key: int, value: Any) -> None:
+    def Set_attr(self, _key: int, value: Any) -> None:  # noqa: N802  (a name of mpi4py's)
         self._attribute = value
 
-    def Ibcast(self, *_: Any) -> NoReturn:
+    def Ibcast(self, *_: Any) -> NoReturn:  # noqa: N802  (a name of mpi4py's)
         raise AssertionError
 
     @staticmethod
-    def Create_keyval(**_: Any) -> int:
+    def Create_keyval(**_: Any) -> int:  # noqa: N802  (a name of mpi4py's)
         return 0
 
 
@@ -88,7 +88,7 @@ def _own_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(lambda: dist.new_group([0]), id="new-group"),
         pytest.param(_mesh, id="mesh"),
         pytest.param(lambda: _mesh_2d()["tp"], id="slice-of-a-mesh"),
-        pytest.param(lambda: _mesh_2d()._flatten(), id="flattened-mesh"),  # noqa: SLF001  (looked into on purpose)
+        pytest.param(lambda: _mesh_2d()._flatten(), id="flattened-mesh"),  # noqa: SLF001  (torch has no public name for it)
         pytest.param(lambda: SimpleNamespace(cpu_group=dist.group.WORLD, device_group=None), id="coordinator"),
         pytest.param(lambda: RankGroup(dist.HashStore(), 0, 1), id="store-rank-and-world-size"),
         pytest.param(lambda: dist.ProcessGroup(dist.HashStore(), 0, 1), id="made-by-hand"),
@@ -375,7 +375,7 @@ def _leave(group: Any, fn: Callable[..., object] = int, *args: Any, fails: bool)
         with scope:
             scope.collective_cleanup(fn, *args)
             if fails:
-                raise ValueError
+                raise ValueError  # noqa: TRY301  (raised into the scope under test)
     except (ValueError, PeerFailedError) as error:
         return type(error).__name__
     return "ok" if scope.verdict is not None and scope.verdict.arrived == (0, 1) else "alone"
@@ -412,8 +412,8 @@ def _be_ranks_as_threads(_rank: int, _world_size: int) -> list[tuple[float, list
     # torch's own tests do the same; it changes torch for the whole process.
     import torch.testing._internal.distributed.multi_threaded_pg as threaded  # noqa: PLC0415  (imported where it is needed)
 
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # noqa: SLF001  (looked into on purpose)
-    threaded._install_threaded_pg()  # noqa: SLF001  (looked into on purpose)
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # noqa: SLF001, FBT003  (torch has no public name for it)
+    threaded._install_threaded_pg()  # noqa: SLF001  (torch has no public name for it)
 
     def be(rank: int, store: dist.HashStore, _: Sequencer) -> tuple[float, list[str]]:
         dist.init_process_group("threaded", rank=rank, world_size=2, store=store)
@@ -442,7 +442,7 @@ def _leave_each_kind_of_group(rank: int, world_size: int) -> list[Any]:
     square = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("dp", "tp"))
     coordinator = SimpleNamespace(cpu_group=dist.group.WORLD, device_group=dist.group.WORLD)
     stateless = RankGroup(dist.PrefixStore("stateless", dist.group.WORLD.get_group_store()), rank, world_size)
-    groups: list[Any] = [None, dist.group.WORLD, mesh, square["dp"], square._flatten(), turned, coordinator, stateless]  # noqa: SLF001  (looked into on purpose)
+    groups: list[Any] = [None, dist.group.WORLD, mesh, square["dp"], square._flatten(), turned, coordinator, stateless]  # noqa: SLF001  (torch has no public name for it)
     told: list[Any] = []
     for group in groups:
         for given in (group, lambda group=group: group):
@@ -473,8 +473,8 @@ def _fail_in_a_subgroup(rank: int, world_size: int) -> str | None:
         with collective_scope(group, name="s", timeout=30.0):
             if rank == world_size - 1:
                 msg = "no"
-                raise ValueError(msg)
-    except Exception as error:
+                raise ValueError(msg)  # noqa: TRY301  (raised into the scope under test)
+    except Exception as error:  # noqa: BLE001  (kept, and looked at by the test)
         return str(error).splitlines()[0]
     return "quietly"
 

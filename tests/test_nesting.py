@@ -101,7 +101,7 @@ class Seen:
     following: Verdict
 
 
-def _run_cell(rank: int, world_size: int, cell: Cell) -> Seen:
+def _run_cell(rank: int, world_size: int, cell: Cell) -> Seen:  # noqa: ARG001  (given to every function of a rank)
     own = _ERRORS[cell.how](f"on {rank}")
     ran: list[str] = []
     inner: list[str] = []
@@ -142,7 +142,7 @@ def _run_cell(rank: int, world_size: int, cell: Cell) -> Seen:
             fail(if_it_is=cell.where == "after")
             if cell.cleanup == "missing":
                 outer.collective_cleanup(ran.append, "outer collective", name="c")
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         surfaced = error
     with scope_of(name="inner") as following:
         pass
@@ -267,7 +267,7 @@ def test_scope_in_one_that_was_entered_without_a_group_ends_with_it() -> None:
             assert outer.complete
 
 
-def _worker_that_fails_twice(rank: int, world_size: int) -> Any:
+def _worker_that_fails_twice(rank: int, world_size: int) -> Any:  # noqa: ARG001  (given to every function of a rank)
     inner = collective_scope(name="inner", timeout=20.0)
     try:
         with collective_scope(name="outer", timeout=20.0):
@@ -354,7 +354,7 @@ def test_scope_of_a_function_that_calls_itself_ends_with_the_others_wherever_the
 
 
 def _scope(group: RankGroup, name: str, **options: Any) -> Any:
-    return collective_scope(group, name=name, **{"timeout": LONG_S, "failure_timeout": LONG_S, **options})  # type: ignore[arg-type]  # wrong on purpose
+    return collective_scope(group, name=name, **{"timeout": LONG_S, "failure_timeout": LONG_S, **options})  # type: ignore[arg-type]  # options of any type
 
 
 def _next_ones(group: RankGroup) -> list[str]:

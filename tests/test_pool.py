@@ -77,7 +77,7 @@ def skip() -> None:
 
 def spoil() -> None:
     """Fail such that these processes can make no group again."""
-    dist.init_process_group = None  # type: ignore[assignment]  # wrong on purpose
+    dist.init_process_group = None  # type: ignore[assignment]  # taken away, so that making the group fails
     fail(0)
 
 
@@ -127,7 +127,7 @@ def test_pool_that_loses_a_rank_fails_one_subtest_and_runs_the_next_on_new_ranks
     """The subtest fails and says how the rank ended; the ones before and after it pass, in other processes."""
     before, starts = pids_of(pool, tmp_path), pool.starts
 
-    lost = pool.run("lost", fn, *args)  # type: ignore[arg-type]  # wrong on purpose
+    lost = pool.run("lost", fn, *args)  # type: ignore[arg-type]  # arguments of any type
 
     assert lost.status == "failed"
     assert re.search(reason, lost.reason)
@@ -157,7 +157,7 @@ def test_pool_whose_subtest_fails_before_its_collectives_keeps_its_ranks(
     """The subtest fails with its cause first, and the next one runs in the same processes."""
     before = pids_of(pool, tmp_path)
 
-    failed = pool.run("fails", fn, *args)  # type: ignore[arg-type]  # wrong on purpose
+    failed = pool.run("fails", fn, *args)  # type: ignore[arg-type]  # arguments of any type
 
     assert failed.status == "failed"
     assert min(failed.failures.values(), key=lambda outcome: outcome.order).type_name == cause

@@ -126,7 +126,7 @@ def _leave(scope: CollectiveScope, body: Callable[[CollectiveScope], object] = l
                 raise
             finally:
                 since = time.monotonic()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         surfaced = error
     at = time.monotonic()
     attached = getattr(surfaced, "collective_scope_errors", ())
@@ -137,7 +137,7 @@ def _leave(scope: CollectiveScope, body: Callable[[CollectiveScope], object] = l
     failures = next((dict(e.failures) for e in errors if isinstance(e, PeerFailedError)), {})
     try:
         text = str(surfaced)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (kept, and looked at by the test)
         text = "?"
     return Left(
         "" if surfaced is None else type(surfaced).__name__,
@@ -284,7 +284,7 @@ def test_timeout_ranks_missing_are_named_on_every_rank(pool: str, missing: list[
     assert all(after.is_ok for _, after in results)
 
 
-def _follow(rank: int, world_size: int, timeout: float) -> tuple[Left, Left, Left]:
+def _follow(rank: int, world_size: int, timeout: float) -> tuple[Left, Left, Left]:  # noqa: ARG001  (given to every function of a rank)
     log = here().directory / "log"
 
     def write(line: str) -> None:
@@ -353,7 +353,7 @@ def test_straggler_that_stays_in_its_body_has_the_next_body_refused(run: Run) ->
 # Failures
 
 
-def _fail_before_a_long_cleanup(rank: int, world_size: int) -> tuple[Left, Left, float]:
+def _fail_before_a_long_cleanup(rank: int, world_size: int) -> tuple[Left, Left, float]:  # noqa: ARG001  (given to every function of a rank)
     raised_at = 0.0
 
     def body(scope: CollectiveScope) -> None:
@@ -410,7 +410,7 @@ def test_failure_of_the_last_rank_reaches_waiting_peers_at_once(pool: str, run: 
     assert all(left.at - raised_at < _AT_ONCE_S for left, _ in peers)
 
 
-def _time_out_in_a_collective(rank: int, world_size: int) -> Left:
+def _time_out_in_a_collective(rank: int, world_size: int) -> Left:  # noqa: ARG001  (given to every function of a rank)
     group = dist.new_group(timeout=timedelta(seconds=0.5))  # a pair that timed out stays closed
 
     def body(_: CollectiveScope) -> None:
@@ -443,7 +443,7 @@ def test_failure_whose_peer_times_out_in_a_collective_is_told_as_the_cause(run: 
 # The store
 
 
-def _freeze_store(rank: int, world_size: int, waits: int | None) -> tuple[Left, Left, Left]:
+def _freeze_store(rank: int, world_size: int, waits: int | None) -> tuple[Left, Left, Left]:  # noqa: ARG001  (given to every function of a rank)
     """Stop the process that hosts the store while rank *waits* waits, or before any does."""
     pid = here().store_pid
     assert pid is not None
@@ -481,7 +481,7 @@ def test_store_frozen_bounds_the_wait_and_says_why(waits: int | None, run: Run) 
     assert all(last.is_ok for _, _, last in results)
 
 
-def _freeze_store_before_the_first_scope(rank: int, world_size: int) -> tuple[Left, Left, Left]:
+def _freeze_store_before_the_first_scope(rank: int, world_size: int) -> tuple[Left, Left, Left]:  # noqa: ARG001  (given to every function of a rank)
     group = dist.new_group()
     pid = here().store_pid
     assert pid is not None
@@ -508,7 +508,7 @@ def test_store_frozen_from_before_the_first_scope_joins_the_ranks_when_it_goes_o
             assert last.is_ok
 
 
-def _freeze_rank_0(rank: int, world_size: int) -> tuple[Left, list[Left]]:
+def _freeze_rank_0(rank: int, world_size: int) -> tuple[Left, list[Left]]:  # noqa: ARG001  (given to every function of a rank)
     pid = here().pids[0]
 
     def body(_: CollectiveScope) -> None:
@@ -547,7 +547,7 @@ def test_store_frozen_with_rank_0_gives_both_ranks_the_same_end(run: Run) -> Non
     assert bool(left_0.surfaced) == bool(left_1.surfaced)
 
 
-def _lose_store(rank: int, world_size: int, waits: int | None) -> Left:
+def _lose_store(rank: int, world_size: int, waits: int | None) -> Left:  # noqa: ARG001  (given to every function of a rank)
     pid = here().store_pid
     assert pid is not None
 
@@ -630,7 +630,7 @@ def test_interrupt_of_a_waiting_rank_ends_the_wait_of_all(pool: str, victim: int
     assert all(after.is_ok for _, after, _ in results)
 
 
-def _stop_after_arriving(rank: int, world_size: int) -> tuple[Left, float]:
+def _stop_after_arriving(rank: int, world_size: int) -> tuple[Left, float]:  # noqa: ARG001  (given to every function of a rank)
     pid = here().pids[1]
 
     def body(_: CollectiveScope) -> None:
@@ -665,7 +665,7 @@ def test_peer_stopped_after_it_arrived_holds_up_the_host_of_the_store_for_a_few_
     assert peer.is_ok or "is gone" in peer.text
 
 
-def _end_body_with(rank: int, world_size: int, name: str) -> tuple[Left, Left]:
+def _end_body_with(rank: int, world_size: int, name: str) -> tuple[Left, Left]:  # noqa: ARG001  (given to every function of a rank)
     def body(_: CollectiveScope) -> None:
         if rank == 0:
             here().wait_for("rank 1 has left")
@@ -754,7 +754,7 @@ _ODD: dict[str, Callable[[], BaseException]] = {
 }
 
 
-def _raise_odd(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[Left, Left]:
+def _raise_odd(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[Left, Left]:  # noqa: ARG001  (given to every function of a rank)
     scope = collective_scope(name="odd", timeout=3.0, failure_timeout=3.0, **options)
     body: Callable[[CollectiveScope], object] = (lambda _: _raise(_ODD[name]())) if rank == 1 else (lambda _: None)
     return _leave(scope, body), _leave_next()
@@ -814,7 +814,7 @@ def test_exception_of_odd_shape_does_not_hang_lockstep_gc(name: str, run: Run) -
 # Ranks at different scopes
 
 
-def _differ(rank: int, world_size: int) -> tuple[Left, Left]:
+def _differ(rank: int, world_size: int) -> tuple[Left, Left]:  # noqa: ARG001  (given to every function of a rank)
     left = _leave(collective_scope(name=f"scope of {rank}", timeout=_LONG_S))
     _meet("left")
     return left, _leave_next()
@@ -937,7 +937,7 @@ def test_failure_in_a_nested_subgroup_reaches_its_members_then_all(run: Run) -> 
 
 def _change_group(
     rank: int,
-    world_size: int,
+    world_size: int,  # noqa: ARG001  (given to every function of a rank)
     how: str,
     life: str,
 ) -> tuple[Left, Left | None, bool, list[str], float]:
@@ -1080,7 +1080,7 @@ def test_group_destroyed_and_made_again_on_the_same_port_works(run: Run) -> None
     assert [[""] * 4] * 2 == run("own groups", _make_again_on_a_port)
 
 
-def _enter_many_subgroups(rank: int, world_size: int) -> list[float]:
+def _enter_many_subgroups(rank: int, world_size: int) -> list[float]:  # noqa: ARG001  (given to every function of a rank)
     groups = [dist.new_group([1, 2], backend="idle") for _ in range(50)]
     took = []
     for group in groups if rank in (1, 2) else []:
@@ -1153,19 +1153,15 @@ def _resident_bytes() -> int:
 
 def _settled_keys(store: dist.Store, expected: list[str] | None = None) -> list[str]:
     """Return the keys when they have not changed for a while; in time, as many as *expected*."""
-
-    def list_keys() -> list[str]:
-        # A heartbeat is one key for each process, written when its control thread first has something to do.
-        return sorted(key for key in store.list_keys() if "/beat/" not in key)
-
-    keys, since, until = list_keys(), time.monotonic(), time.monotonic() + 20.0
+    keys, since, until = store.list_keys(), time.monotonic(), time.monotonic() + 20.0
     while time.monotonic() < (since + 0.7 if expected is None else until):
         if expected is not None and len(keys) == len(expected):
             break
         time.sleep(0.02)  # Keys are removed when there is nothing else to do.
-        if (now := list_keys()) != keys:
-            keys, since = now, time.monotonic()
-    return keys
+        if len(now := store.list_keys()) != len(keys):
+            since = time.monotonic()
+        keys = now
+    return sorted(keys)
 
 
 @contextlib.contextmanager
@@ -1183,7 +1179,7 @@ def _repeat(rank: int, world_size: int, count: int, how: str) -> tuple[list[str]
         return _repeat_scopes(rank, world_size, count, how)
 
 
-def _repeat_scopes(rank: int, world_size: int, count: int, how: str) -> tuple[list[str], list[str], int]:
+def _repeat_scopes(rank: int, world_size: int, count: int, how: str) -> tuple[list[str], list[str], int]:  # noqa: ARG001  (given to every function of a rank)
     logging.disable(logging.CRITICAL)
 
     def go(times: int) -> None:
@@ -1293,7 +1289,7 @@ def _miss_many(rank: int, world_size: int, count: int) -> tuple[list[str], list[
         return _miss_scopes(rank, world_size, count)
 
 
-def _miss_scopes(rank: int, world_size: int, count: int) -> tuple[list[str], list[str]]:
+def _miss_scopes(rank: int, world_size: int, count: int) -> tuple[list[str], list[str]]:  # noqa: ARG001  (given to every function of a rank)
     group = dist.group.WORLD
     assert group is not None
     store = _underlying(group.get_group_store())
@@ -1324,7 +1320,7 @@ def test_store_after_timeouts_holds_as_many_keys_as_before(run: Run) -> None:
     assert len(before) == len(after), (before, after)
 
 
-def _be_quiet(rank: int, world_size: int) -> None:
+def _be_quiet(rank: int, world_size: int) -> None:  # noqa: ARG001  (given to every function of a rank)
     for _ in range(20):
         with collective_scope(name="quiet", timeout=20.0) as scope:
             scope.cleanup(int)

@@ -39,13 +39,13 @@ class _TwoArgumentError(Exception):
         super().__init__(f"{first} {second}")
 
 
-def _sum_of_ranks(rank: int, world_size: int) -> int:
+def _sum_of_ranks(rank: int, world_size: int) -> int:  # noqa: ARG001  (given to every function of a rank)
     tensor = torch.tensor(rank)
     dist.all_reduce(tensor)
     return int(tensor)
 
 
-def _pid(rank: int, world_size: int) -> int:
+def _pid(rank: int, world_size: int) -> int:  # noqa: ARG001  (given to every function of a rank)
     return os.getpid()
 
 
@@ -56,7 +56,7 @@ def _sum_and_store(rank: int, world_size: int) -> tuple[int, str]:
     return _sum_of_ranks(rank, world_size), type(store).__name__
 
 
-def _spin_on_one(rank: int, world_size: int) -> None:
+def _spin_on_one(rank: int, world_size: int) -> None:  # noqa: ARG001  (given to every function of a rank)
     print(f"this is rank {rank}", flush=True)
     if rank == 1:
         _spin()
@@ -67,12 +67,12 @@ def _spin() -> NoReturn:
         pass
 
 
-def _hold_the_gil(rank: int, world_size: int) -> None:
+def _hold_the_gil(rank: int, world_size: int) -> None:  # noqa: ARG001  (given to every function of a rank)
     # One call into C that takes minutes and never lets go.
     pow(7, 10**9)
 
 
-def _leave(rank: int, world_size: int, how: str) -> str:
+def _leave(rank: int, world_size: int, how: str) -> str:  # noqa: ARG001  (given to every function of a rank)
     if rank == 1:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -83,7 +83,7 @@ def _leave(rank: int, world_size: int, how: str) -> str:
     return "through"
 
 
-def _kill_peer(rank: int, world_size: int) -> None:
+def _kill_peer(rank: int, world_size: int) -> None:  # noqa: ARG001  (given to every function of a rank)
     if rank == 0:
         here().wait_for("rank 1 is there")
         os.kill(here().pids[1], signal.SIGKILL)
@@ -92,7 +92,7 @@ def _kill_peer(rank: int, world_size: int) -> None:
         here().wait_for("never")
 
 
-def _raise(rank: int, world_size: int) -> None:
+def _raise(rank: int, world_size: int) -> None:  # noqa: ARG001  (given to every function of a rank)
     if rank == 1:
         error = _TwoArgumentError("two", "words")
         error.add_note("a note")
@@ -101,17 +101,17 @@ def _raise(rank: int, world_size: int) -> None:
         raise SystemExit(5)
 
 
-def _raise_group(rank: int, world_size: int) -> None:
+def _raise_group(rank: int, world_size: int) -> None:  # noqa: ARG001  (given to every function of a rank)
     msg = "both"
     raise ExceptionGroup(msg, [ValueError("one"), KeyError("two")])
 
 
-def _interrupt_itself(rank: int, world_size: int) -> None:
+def _interrupt_itself(rank: int, world_size: int) -> None:  # noqa: ARG001  (given to every function of a rank)
     os.kill(os.getpid(), signal.SIGINT)
     here().wait_for("never")
 
 
-def _return_lock(rank: int, world_size: int) -> Any:
+def _return_lock(rank: int, world_size: int) -> Any:  # noqa: ARG001  (given to every function of a rank)
     return threading.Lock()
 
 
@@ -120,16 +120,16 @@ class _UnloadableError(Exception):
         super().__init__(word)
 
 
-def _return_unloadable(rank: int, world_size: int) -> Any:
+def _return_unloadable(rank: int, world_size: int) -> Any:  # noqa: ARG001  (given to every function of a rank)
     return _UnloadableError(word="w")
 
 
-def _start_child(rank: int, world_size: int) -> int:
+def _start_child(rank: int, world_size: int) -> int:  # noqa: ARG001  (given to every function of a rank)
     command = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
     return subprocess.Popen(command, start_new_session=True).pid
 
 
-def _freeze_store(rank: int, world_size: int) -> tuple[str, bool]:
+def _freeze_store(rank: int, world_size: int) -> tuple[str, bool]:  # noqa: ARG001  (given to every function of a rank)
     pid = here().store_pid
     assert pid is not None
     if rank == 0:
@@ -153,7 +153,7 @@ def _meet_twice(rank: int, world_size: int) -> list[int]:
     return sums
 
 
-def _write(rank: int, world_size: int, text: str) -> None:
+def _write(rank: int, world_size: int, text: str) -> None:  # noqa: ARG001  (given to every function of a rank)
     print(f"{text} to stdout")
     print(f"{text} to stderr", file=sys.stderr)
 
@@ -444,7 +444,7 @@ def test_run_threads_error_is_the_object_that_was_raised() -> None:
     """A thread's exception is handed over as itself."""
     error = ValueError("mine")
 
-    def raise_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:
+    def raise_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:  # noqa: ARG001  (given to every function of a rank)
         if rank == 1:
             raise error
 
@@ -467,7 +467,7 @@ def test_run_threads_hung_thread_fails_with_stacks() -> None:
     """A thread that hangs fails the test, by name and with its stack."""
     release = threading.Event()
 
-    def hang_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:
+    def hang_on_one(rank: int, store: dist.HashStore, sequencer: Sequencer) -> None:  # noqa: ARG001  (given to every function of a rank)
         if rank == 1:
             release.wait()
 

@@ -332,7 +332,7 @@ def test_enter_context_is_left_in_the_teardown_with_the_error_of_the_body(*, fai
     assert (seen[1][2] is not None) == failing
 
 
-def test_enter_context_is_told_of_a_cleanup_that_failed_before(unlogged: None) -> None:
+def test_enter_context_is_told_of_a_cleanup_that_failed_before(unlogged: None) -> None:  # noqa: ARG001  (given to every function of a rank)
     """A transaction is not committed when a cleanup above it has failed; the first error is the one it sees."""
     seen: list[object] = []
 
@@ -770,7 +770,7 @@ def test_scope_errors_after_the_one_of_the_body_are_attached_to_it() -> None:
         raise body
 
     assert body is caught.value
-    assert (first, second) == body.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
+    assert (first, second) == body.collective_scope_errors  # type: ignore[attr-defined]  # set by the scope
     assert body.__notes__ == [
         f"In addition, cleanup '_raise': {__name__}._CleanupError: first",
         f"In addition, after_barrier '_raise': {__name__}._CleanupError: second",
@@ -797,7 +797,7 @@ def test_scope_interrupt_in_a_cleanup_outranks_ordinary_errors(
 
     assert interrupt is caught.value
     assert ["bottom"] == calls
-    assert tuple(each for each in (body, other) if each is not None) == interrupt.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
+    assert tuple(each for each in (body, other) if each is not None) == interrupt.collective_scope_errors  # type: ignore[attr-defined]  # set by the scope
 
 
 def test_scope_interrupt_in_the_body_stays_before_one_in_a_cleanup() -> None:
@@ -808,7 +808,7 @@ def test_scope_interrupt_in_the_body_stays_before_one_in_a_cleanup() -> None:
         raise first
 
     assert first is caught.value
-    assert (second,) == first.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
+    assert (second,) == first.collective_scope_errors  # type: ignore[attr-defined]  # set by the scope
 
 
 class _NoAttributesError(Exception):
@@ -860,7 +860,7 @@ def test_scope_errors_of_nested_scopes_are_all_attached() -> None:
             inner.cleanup(_raise, inner_error)
             raise body
 
-    assert (inner_error, outer_error) == body.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
+    assert (inner_error, outer_error) == body.collective_scope_errors  # type: ignore[attr-defined]  # set by the scope
     assert 2 == len(body.__notes__)
 
 
@@ -878,7 +878,7 @@ def test_scope_error_whose_str_raises_surfaces_and_is_attached() -> None:
         raise body
 
     assert body is caught.value
-    assert (later,) == body.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
+    assert (later,) == body.collective_scope_errors  # type: ignore[attr-defined]  # set by the scope
     assert "<its str() raised LookupError>" == _verdict(scope).failures[0].message
 
 
@@ -953,7 +953,7 @@ def test_fail_before_the_body_raises_is_attached_to_that() -> None:
         scope.fail(reported)
         raise raised
 
-    assert (reported,) == caught.value.collective_scope_errors  # type: ignore[attr-defined]  # it is there, or the test fails
+    assert (reported,) == caught.value.collective_scope_errors  # type: ignore[attr-defined]  # set by the scope
 
 
 def _has_told_of_a_failure(group: RankGroup, rank: int) -> bool:
@@ -1178,8 +1178,8 @@ def test_scope_left_on_any_path_leaves_no_reference_cycle(failing: str) -> None:
                 if failing in ("body", "interrupt in a cleanup"):
                     fail()
                 if failing == "peer":
-                    raise PeerFailedError(failing, Verdict("s", 2))
-        except BaseException as error:
+                    raise PeerFailedError(failing, Verdict("s", 2))  # noqa: TRY301  (raised into the scope under test)
+        except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
             assert type(error).__name__ in {  # noqa: PT017  (one of several)
                 "Watched",
                 "ExceptionGroup",
@@ -1210,7 +1210,7 @@ def test_scope_raising_for_its_peers_leaves_no_reference_cycle() -> None:
             with collective_scope(group) as scope:
                 references.append(weakref.ref(scope))
                 if rank == 1:
-                    raise _BodyError
+                    raise _BodyError  # noqa: TRY301  (raised into the scope under test)
         except (_BodyError, PeerFailedError) as error:
             references.append(weakref.ref(error))
 
@@ -1331,8 +1331,8 @@ def test_scope_failure_that_cannot_be_logged_or_formatted_costs_neither_cleanups
                     scope.cleanup(_raise, error if where == "cleanup" else _CleanupError())
                 scope.cleanup(calls.append, "last")
                 if rank == 1 and where == "body":
-                    raise error
-        except BaseException as surfaced:
+                    raise error  # noqa: TRY301  (raised into the scope under test)
+        except BaseException as surfaced:  # noqa: BLE001  (kept, and looked at by the test)
             raised = surfaced
         told = [raised, *_members(raised), *vars(raised or error).get("collective_scope_errors", ())]
         with collective_scope(group, timeout=5.0) as following:
@@ -1523,13 +1523,13 @@ def test_lockstep_gc_collects_the_garbage_of_the_body_before_the_cleanups(*, fai
 
     def litter() -> None:
         thing = _Thing()
-        thing.itself = thing  # type: ignore[attr-defined]  # it is there, or the test fails
+        thing.itself = thing  # type: ignore[attr-defined]  # an attribute of its own, for a cycle
         references.append(weakref.ref(thing))
         in_a_frame = _Thing()
         references.append(weakref.ref(in_a_frame))
         if failing:
             try:
-                raise _BodyError
+                raise _BodyError  # noqa: TRY301  (raised into the scope under test)
             except _BodyError as cause:
                 msg = "effect"
                 raise ValueError(msg) from cause
@@ -1552,7 +1552,7 @@ def test_lockstep_gc_collects_whatever_the_failure_of_the_body_does() -> None:
     with pytest.raises(_GroupError), collective_scope(lockstep_gc=True) as scope:
         scope.cleanup(lambda: seen.append(references[0]() is None))
         thing = _Thing()
-        thing.itself = thing  # type: ignore[attr-defined]  # it is there, or the test fails
+        thing.itself = thing  # type: ignore[attr-defined]  # an attribute of its own, for a cycle
         references.append(weakref.ref(thing))
         del thing
         raise error

@@ -194,21 +194,20 @@ class RenewableGroup:
 
     def abandon(self) -> None:
         """
-        Begin to abort what is left of NCCL, which takes a second: the next scope waits for less of it.
+        Begin to revoke what a peer has revoked, and to abort NCCL, which takes a second; the next scope waits for it.
 
-        For a group that was revoked, when all ranks have come to the exit: no kernel of a peer reads
-        the memory any more that an abort frees.
+        When all ranks have come to the exit: no kernel of a peer reads the memory any more that an abort
+        frees. A rank that its peers have freed may have come there before it revoked its own end.
         """
-        if self.interrupts_first and self._lock.acquire(blocking=False):
+        if (self.interrupts_first or not self._is_revoked) and self._lock.acquire(blocking=False):
 
-            def abort() -> None:
+            def revoke() -> None:
                 try:
-                    if self._is_revoked:
-                        abort_nccl(self._groups)
+                    self._revoke(is_at_work=True)
                 finally:
                     self._lock.release()
 
-            threading.Thread(target=abort, name="collective_scope-abort", daemon=True).start()
+            threading.Thread(target=revoke, name="collective_scope-revoke", daemon=True).start()
 
     def connect(self) -> None:
         """
@@ -238,18 +237,26 @@ class RenewableGroup:
             cut(opened_since(self._before))
             return
         try:
-            if self._exists and not self._is_revoked:
-                self._is_revoked = self.is_due = True
-                for callback in self._callbacks:
-                    callback()
-                groups = self._groups
-                if is_at_work:
-                    abort_nccl(groups)
-                cut(self._sockets)
-                if any(group not in self._of_make for group in groups):  # made by a body
-                    cut(accepted_since(self._before, but_at_port=self._port))
+            if not self._is_revoked:
+                self._revoke(is_at_work=is_at_work)
         finally:
             self._lock.release()
+
+    def _revoke(self, *, is_at_work: bool) -> None:
+        """Do it, with the lock held; what was done already, again only if it does no harm."""
+        if not self._exists:
+            return
+        groups, is_first = self._groups, not self._is_revoked
+        self._is_revoked = self.is_due = True
+        if is_first:
+            for callback in self._callbacks:
+                callback()
+        if is_at_work:
+            abort_nccl(groups)
+        if is_first:
+            cut(self._sockets)
+            if any(group not in self._of_make for group in groups):  # made by a body
+                cut(accepted_since(self._before, but_at_port=self._port))
 
     @contextlib.contextmanager
     def _left_alone(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ def place_in_world() -> tuple[int, int]:
 
 def is_known(group: ProcessGroup) -> bool:
     """Whether torch has *group* in its books."""
-    return group in dist.distributed_c10d._world.pg_map
+    return group in dist.distributed_c10d._world.pg_map  # noqa: SLF001  (torch has no public name for it)
 
 
 def is_destroyed(group: object) -> bool:
@@ -39,7 +39,7 @@ def is_destroyed(group: object) -> bool:
     except RuntimeError:  # made by hand, and never known to torch
         return False
     try:
-        torch._C._distributed_c10d._resolve_process_group(name)
+        torch._C._distributed_c10d._resolve_process_group(name)  # noqa: SLF001  (torch has no public name for it)
     except RuntimeError:
         return True
     return False
@@ -76,12 +76,12 @@ def store_of(group: ProcessGroup) -> Store | None:
     except RuntimeError:  # a group that is written in Python has none in C++
         store = None
     if store is None and is_known(group):
-        store = dist.distributed_c10d._world.pg_map[group][1]
+        store = dist.distributed_c10d._world.pg_map[group][1]  # noqa: SLF001  (torch has no public name for it)
     return store
 
 
 def all_groups() -> list[dist.ProcessGroup]:
-    return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []
+    return list(dist.distributed_c10d._world.pg_map) if dist.is_available() else []  # noqa: SLF001  (torch has no public name for it)
 
 
 def is_end_of_gloo(message: str) -> bool:
@@ -102,7 +102,7 @@ def is_nccl(group: dist.ProcessGroup) -> bool:
     if not dist.is_nccl_available() or not torch.cuda.is_available():
         return False
     try:
-        return "nccl" in group._get_backend(torch.device("cuda")).name().lower()
+        return "nccl" in group._get_backend(torch.device("cuda")).name().lower()  # noqa: SLF001  (torch has no public name for it)
     except RuntimeError:
         return False
 
@@ -126,7 +126,7 @@ def connect_nccl(groups: list[dist.ProcessGroup]) -> None:
 def abort_nccl(groups: list[dist.ProcessGroup]) -> None:
     """Abort the NCCL communicators of *groups*, as far as torch still knows them."""
     known = [group for group in groups if group in all_groups() and is_nccl(group)]
-    abort = dist.distributed_c10d._abort_process_group
+    abort = dist.distributed_c10d._abort_process_group  # noqa: SLF001  (torch has no public name for it)
     if dist.group.WORLD in known:
         abort()  # of all groups at once: one after the other, they may wait for each other
     else:
@@ -137,4 +137,4 @@ def abort_nccl(groups: list[dist.ProcessGroup]) -> None:
 def forget_unfinished_groups() -> None:
     """Let torch name the next group like the first: it counts one that was not made to the end."""
     if not dist.is_initialized():
-        dist.distributed_c10d._world.group_count = 0
+        dist.distributed_c10d._world.group_count = 0  # noqa: SLF001  (torch has no public name for it)

@@ -696,7 +696,7 @@ def _while_peers_wait(
 
 
 @pytest.mark.parametrize("wakes", [True, False], ids=["wakes", "does-not-wake"])
-def test_barrier_interrupted_rank_ends_the_round_for_all(rank_on: RankOn, wakes: bool) -> None:
+def test_barrier_interrupted_rank_ends_the_round_for_all(rank_on: RankOn, wakes: bool) -> None:  # noqa: FBT001  (parametrized)
     """Ctrl-C ends the wait at once, there and on the peers, who read which rank's wait was ended and why."""
     store = dist.HashStore()
     ranks = [rank_on(store, rank, 3) for rank in range(3)]

@@ -98,14 +98,14 @@ class _MuteError(Exception):
 
 def _raised(error: BaseException) -> BaseException:
     try:
-        raise error
-    except BaseException as caught:
+        raise error  # noqa: TRY301  (raised into the scope under test)
+    except BaseException as caught:  # noqa: BLE001  (kept, and looked at by the test)
         return caught
 
 
 def _sent(outcome: Outcome) -> Outcome:
     """Return what a peer reads of *outcome*, first as a record, then as part of the verdict."""
-    record = Record.decode(Record("0 scope", "exit", True, outcome).encode())
+    record = Record.decode(Record("0 scope", "exit", True, outcome).encode())  # noqa: FBT003  (a field of a record, or a setting)
     assert record is not None
     return decode_verdict(encode_verdict(Verdict("scope", 1, (0,), outcomes={0: record.outcome})), record, 1).outcomes[
         0

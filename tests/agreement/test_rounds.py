@@ -116,7 +116,7 @@ def test_relation_of_ranks_in_one_program_says_whether_the_peer_will_come(
     rounds = _rounds(program, exits)
     theirs_at, mine_at = (data.draw(st.integers(0, len(rounds) - 1)) for _ in range(2))
     has_failed = rounds[theirs_at][1] != "entry" and data.draw(st.booleans())  # a rank fails in its body or later
-    mine = Record(*rounds[mine_at], True)
+    mine = Record(*rounds[mine_at], True)  # noqa: FBT003  (a field of a record, or a setting)
     theirs = Record(*rounds[theirs_at], not has_failed, _FAILED if has_failed else OK)
 
     assert (theirs_at == mine_at) == (relation(theirs, mine) == "here")
@@ -192,7 +192,7 @@ _records = st.builds(
 def test_judge_whatever_was_told_puts_each_rank_in_exactly_one_list(
     told: dict[int, Record],
     mine: Record,
-    all_arrived: bool,
+    all_arrived: bool,  # noqa: FBT001  (parametrized)
     lost: set[int],
     order: list[int],
 ) -> None:
@@ -266,7 +266,7 @@ def test_judge_rank_at_another_place_is_a_mismatch(other: Record, there: str) ->
 
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["waits-there", "is-on-its-way"])
-def test_judge_failure_around_this_scope_is_told_as_such_and_is_no_mismatch(arrived: bool) -> None:
+def test_judge_failure_around_this_scope_is_told_as_such_and_is_no_mismatch(arrived: bool) -> None:  # noqa: FBT001  (parametrized)
     """A rank that failed in a scope around this one will not come: its failure is told, with the place."""
     mine = _at("0 outer/0 inner")
     verdict = judge({0: mine, 1: _at("0 outer", outcome=_FAILED, arrived=arrived)}, mine, 2)

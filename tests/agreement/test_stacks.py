@@ -103,8 +103,8 @@ def _functions(text: str) -> list[str]:
     ("body", "expected"),
     [
         pytest.param(_Parked.body.__code__, ["body", "_almost", "_innermost"], id="body"),
-        pytest.param(_Parked._almost.__code__, ["_almost", "_innermost"], id="body-among-the-innermost"),  # noqa: SLF001  (looked into on purpose)
-        pytest.param(_Parked._innermost.__code__, ["_innermost"], id="body-is-the-innermost"),  # noqa: SLF001  (looked into on purpose)
+        pytest.param(_Parked._almost.__code__, ["_almost", "_innermost"], id="body-among-the-innermost"),  # noqa: SLF001  (a class of this file)
+        pytest.param(_Parked._innermost.__code__, ["_innermost"], id="body-is-the-innermost"),  # noqa: SLF001  (a class of this file)
         pytest.param(None, ["_almost", "_innermost"], id="not-known"),
         pytest.param(_functions.__code__, ["_almost", "_innermost"], id="left"),
     ],
@@ -122,7 +122,7 @@ def test_thread_is_shown_at_its_body_and_the_two_innermost_lines(body: CodeType 
 def test_body_that_calls_itself_is_shown_where_it_was_entered_last() -> None:
     """Of a function that calls itself, the innermost call is the one with the scope."""
     with _parked() as ident:
-        text = where_is(ident, _Parked._deeper.__code__)  # noqa: SLF001  (looked into on purpose)
+        text = where_is(ident, _Parked._deeper.__code__)  # noqa: SLF001  (a class of this file)
 
     assert ["_deeper", "_almost", "_innermost"] == _functions(text)
     assert "self._almost()" in text.splitlines()[1]

@@ -116,7 +116,7 @@ def test_next_reply_that_does_not_come_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("wakes", [True, False])
-def test_next_reply_lets_a_signal_be_seen_soon(wakes: bool) -> None:
+def test_next_reply_lets_a_signal_be_seen_soon(wakes: bool) -> None:  # noqa: FBT001  (parametrized)
     """A signal ends the wait, also if it comes to another thread, or a moment before the wait begins."""
     start = time.monotonic()
 

@@ -115,7 +115,7 @@ def cases_of(store: dist.Store, rank: int, world_size: int) -> dict[str, tuple[C
         cases["monitored_barrier"] = (functools.partial(dist.monitored_barrier, timeout=timedelta(seconds=60)), 5)
     if hasattr(dist.Store, "barrier"):  # torch 2.12 and newer
         cases["Store.barrier"] = (
-            numbered(lambda n: store.barrier(f"store/{n}", world_size, timedelta(seconds=60))),  # type: ignore[attr-defined]  # it is there, or the test fails
+            numbered(lambda n: store.barrier(f"store/{n}", world_size, timedelta(seconds=60))),  # type: ignore[attr-defined]  # missing in torch's stubs
             5,
         )
     return cases
@@ -213,7 +213,7 @@ def run_simulated(process: int, world_size: int, port: int, rounds: int, result:
     barrier = threading.Barrier(len(ranks) + 1)
 
     def run(rank: int) -> None:
-        part = Part(store.clone, rank, world_size, lambda: None)  # type: ignore[attr-defined]  # it is there, or the test fails
+        part = Part(store.clone, rank, world_size, lambda: None)  # type: ignore[attr-defined]  # missing in torch's stubs
         client = part.connect()
         replies: SimpleQueue[Any] = SimpleQueue()
         for number in range(rounds + 2):

@@ -133,7 +133,7 @@ def _enter_collective_alone(me: Actor) -> None:
         dist.all_reduce(torch.ones(1))
 
 
-def _enter_collective_too(me: Actor) -> None:
+def _enter_collective_too(me: Actor) -> None:  # noqa: ARG001  (given to every function of a rank)
     dist.all_reduce(torch.ones(1))
 
 
@@ -218,7 +218,7 @@ def _kill_after_barrier(me: Actor) -> None:
         me.scope.after_barrier(_kill, me)
 
 
-def _stop(me: Actor) -> None:
+def _stop(me: Actor) -> None:  # noqa: ARG001  (given to every function of a rank)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -267,7 +267,7 @@ def _abort(me: Actor) -> None:
     _do(me, lambda _: os.abort())
 
 
-def _interrupt(me: Actor) -> None:
+def _interrupt(me: Actor) -> None:  # noqa: ARG001  (given to every function of a rank)
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -346,7 +346,7 @@ def _enter_on_another_group(me: Actor) -> None:
 # 12. The group goes
 
 
-def _destroy_group(me: Actor) -> None:
+def _destroy_group(me: Actor) -> None:  # noqa: ARG001  (given to every function of a rank)
     dist.destroy_process_group()
 
 
@@ -356,7 +356,7 @@ def _destroy_group_and_sleep(me: Actor) -> None:
         _sleep_forever(me)
 
 
-def _use_and_destroy_group(me: Actor) -> None:
+def _use_and_destroy_group(me: Actor) -> None:  # noqa: ARG001  (given to every function of a rank)
     dist.all_reduce(torch.ones(1))
     dist.destroy_process_group()
 

@@ -115,10 +115,10 @@ class Stage:
                 counts[play.fault.store] += 1
                 batches[play.fault.store, number].append((play, future))
             else:
-                jobs.append(lambda pool, play=play, future=future: _play(pool, play, future))  # type: ignore[misc]  # wrong on purpose
+                jobs.append(lambda pool, play=play, future=future: _play(pool, play, future))  # type: ignore[misc]  # mypy has no type for defaults of a lambda
         for (store, _), batch in batches.items():
             launch = _LAUNCHERS[store]
-            jobs.insert(0, lambda _, launch=launch, batch=batch: _play_all(launch, batch))  # type: ignore[misc]  # wrong on purpose
+            jobs.insert(0, lambda _, launch=launch, batch=batch: _play_all(launch, batch))  # type: ignore[misc]  # mypy has no type for defaults of a lambda
         for job in jobs:
             self._jobs.put(job)
         return futures
@@ -128,7 +128,7 @@ class Stage:
             with RankPool(_MOST_RANKS, init=False, quiet=True) as pool:
                 while (job := self._jobs.get()) is not None:
                     job(pool)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
             self._errors.append(error)
 
 
@@ -139,7 +139,7 @@ def _play(pool: RankPool, play: Play, future: Future[Played]) -> None:
         results = pool.run(perform, play.fault, play.world_size, play.mechanism, timeout=play.fault.bound_s + _SLACK_S)
         performances = [each for each in values(results) if each is not None]
         future.set_result(Played(performances, "\n".join(map(str, results))))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         future.set_exception(error)
 
 
@@ -155,7 +155,7 @@ def _play_all(launch: Callable[[int, Path, float], str], batch: _Batch) -> None:
         output = ""
         try:
             output = launch(_MOST_RANKS, directory, _SLACK_S + sum(play.fault.bound_s + 5.0 for play, _ in batch))
-        except BaseException as raised:
+        except BaseException as raised:  # noqa: BLE001  (kept, and looked at by the test)
             error = raised
         for number, (play, future) in enumerate(batch):
             paths = [directory / str(number) / f"performance-{rank}" for rank in range(play.world_size)]

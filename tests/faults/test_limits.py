@@ -54,7 +54,7 @@ def _leave_next() -> Left:
     return _leave(collective_scope(name="next", timeout=_LONG_S))
 
 
-def _clean_up_much(rank: int, world_size: int) -> tuple[Left, bool, Left]:
+def _clean_up_much(rank: int, world_size: int) -> tuple[Left, bool, Left]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[int] = []
 
     def body(scope: CollectiveScope) -> None:
@@ -73,7 +73,7 @@ def test_cleanups_ten_thousand_run_once_each_in_order(rank_pools: Callable[[int]
         assert after.is_ok
 
 
-def _fail_to_clean_up_much(rank: int, world_size: int) -> tuple[int, str, Left]:
+def _fail_to_clean_up_much(rank: int, world_size: int) -> tuple[int, str, Left]:  # noqa: ARG001  (given to every function of a rank)
     def fail(number: int) -> None:
         msg = f"{number} " + "x" * 1_000
         raise ValueError(msg)
@@ -102,7 +102,7 @@ def test_cleanups_a_thousand_that_raise_are_all_raised_and_told(rank_pools: Call
     assert after_1.is_ok
 
 
-def _clean_up_together(rank: int, world_size: int) -> tuple[Left, int]:
+def _clean_up_together(rank: int, world_size: int) -> tuple[Left, int]:  # noqa: ARG001  (given to every function of a rank)
     ran: list[int] = []
 
     def body(scope: CollectiveScope) -> None:
@@ -153,7 +153,7 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def _nest(rank: int, world_size: int, failing: int | None) -> tuple[list[int], str, int, float, Left]:
+def _nest(rank: int, world_size: int, failing: int | None) -> tuple[list[int], str, int, float, Left]:  # noqa: ARG001  (given to every function of a rank)
     cleaned: list[int] = []
     start = time.monotonic()
     error: BaseException | None = None

@@ -19,7 +19,7 @@ def play(rank: int, world_size: int, how: str, number: int) -> list[Event]:
     """Go through five subtests, two of which fail."""
     torch.cuda.set_device(rank)
     world = world_of(dist.PrefixStore(f"{how}-{number}", here().new_store()), rank, world_size)
-    events = run(world, [Failure(), Failure(how, 1), Failure(), Failure(how, 0), Failure()])  # type: ignore[arg-type]  # wrong on purpose
+    events = run(world, [Failure(), Failure(how, 1), Failure(), Failure(how, 0), Failure()])  # type: ignore[arg-type]  # a str that is one of them
     world.destroy()
     return events
 

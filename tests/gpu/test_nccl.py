@@ -38,7 +38,7 @@ def _healthy(rank: int, _world_size: int) -> list[Any]:
         total = _all_reduce(rank)
         # On a stream of its own and not waited for: the scope synchronizes before cleanups.
         with torch.cuda.stream(torch.cuda.Stream()):
-            torch.cuda._sleep(50_000_000)  # noqa: SLF001  (looked into on purpose)
+            torch.cuda._sleep(50_000_000)  # noqa: SLF001  (torch has no public name for it)
             done = torch.cuda.Event()
             done.record()
         scope.cleanup(lambda: seen.append(done.query()))
@@ -73,7 +73,7 @@ def test_failure_after_collectives_costs_one_scope(pool: RankPool) -> None:
     assert [(name, total) for name in names] == values(pool.run(_fails_after_collectives))
 
 
-def _stuck_in_collective(rank: int, _world_size: int, made: bool) -> tuple[float, tuple[int, ...], str]:
+def _stuck_in_collective(rank: int, _world_size: int, made: bool) -> tuple[float, tuple[int, ...], str]:  # noqa: FBT001  (parametrized)
     """Rank 0 enters an all-reduce that its peers never enter."""
     torch.cuda.set_device(rank)
     if made:
@@ -102,7 +102,7 @@ def _stuck_in_collective(rank: int, _world_size: int, made: bool) -> tuple[float
         pytest.param(False, "dist.all_reduce(value)", id="making-the-communicator"),
     ],
 )
-def test_rank_stuck_in_a_collective_is_located_by_its_peers(made: bool, line: str) -> None:
+def test_rank_stuck_in_a_collective_is_located_by_its_peers(made: bool, line: str) -> None:  # noqa: FBT001  (parametrized)
     """Peers name the rank that waits, on the device or on the host, and the line in which it waits."""
     with RankPool(GPUS, backend=BACKEND, group_timeout_s=60) as pool:
         results = pool.run(_stuck_in_collective, made, abandon={0}, timeout=60)

@@ -53,7 +53,7 @@ def test_body_raises_a_group_of_exceptions() -> None:
 def test_raises_is_not_a_failure() -> None:
     """An expected error does not reach the scope."""
     with pytest.raises(ValueError, match="expected"):
-        raise ValueError("expected")
+        raise ValueError("expected")  # noqa: EM101  (looked for in the report)
 
 
 # Skipped, and expected to fail
@@ -192,7 +192,7 @@ class TestClass:
 
 @pytest.fixture(name="broken_setup")
 def _broken_setup() -> None:
-    raise RuntimeError("setup")
+    raise RuntimeError("setup")  # noqa: EM101  (looked for in the report)
 
 
 @pytest.mark.usefixtures("broken_setup")
@@ -204,7 +204,7 @@ def test_setup_fails() -> None:
 @pytest.fixture(name="broken_teardown")
 def _broken_teardown() -> Iterator[None]:
     yield
-    raise RuntimeError("teardown")
+    raise RuntimeError("teardown")  # noqa: EM101  (looked for in the report)
 
 
 @pytest.mark.usefixtures("broken_teardown")
@@ -234,11 +234,11 @@ class Case(unittest.TestCase):
 
     def test_passes(self) -> None:
         """Passes."""
-        self.assertEqual(dist.get_world_size(), self.total)
+        self.assertEqual(dist.get_world_size(), self.total)  # noqa: PT009  (a test of unittest)
 
     def test_fails(self) -> None:
         """Fails on all ranks."""
-        self.assertEqual(0, self.total)
+        self.assertEqual(0, self.total)  # noqa: PT009  (a test of unittest)
 
     def test_skips(self) -> None:
         """Skips on all ranks."""
@@ -257,7 +257,7 @@ class Case(unittest.TestCase):
         """One of three subtests fails on all ranks."""
         for number in range(3):
             with self.subTest(number=number):
-                self.assertNotEqual(1, number)
+                self.assertNotEqual(1, number)  # noqa: PT009  (a test of unittest)
 
 
 # Subtests of pytest
@@ -283,7 +283,7 @@ def test_subtests_and_body_fail(subtests: pytest.Subtests) -> None:
         pytest.skip("in a subtest")
     with subtests.test("fails"):
         raise AssertionError
-    raise ValueError("after the subtests")
+    raise ValueError("after the subtests")  # noqa: EM101, TRY003  (looked for in the report)
 
 
 # Captured by tests
@@ -327,7 +327,7 @@ def _registers(collective_scope: CollectiveScope) -> Iterator[None]:
     _ran.append("end of the fixture")
 
 
-def test_scope_registers(registers: None, collective_scope: CollectiveScope) -> None:
+def test_scope_registers(registers: None, collective_scope: CollectiveScope) -> None:  # noqa: ARG001  (given to every function of a rank)
     """Cleanups of the setup and of the body run when the body is over, and before fixtures are torn down."""
     collective_scope.cleanup(_ran.append, "of the body")
     assert [] == _ran
@@ -346,7 +346,7 @@ def test_cleanup_fails(collective_scope: CollectiveScope) -> None:
 @pytest.fixture(name="registers_and_breaks")
 def _registers_and_breaks(collective_scope: CollectiveScope) -> None:
     collective_scope.cleanup(_ran.append, "of a setup that failed")
-    raise RuntimeError("setup")
+    raise RuntimeError("setup")  # noqa: EM101  (looked for in the report)
 
 
 @pytest.mark.usefixtures("registers_and_breaks")

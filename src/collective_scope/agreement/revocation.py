@@ -44,7 +44,7 @@ class Renewal(Protocol):
         """Make every communicator fail, for this rank, which may have work in flight, and its peers."""
 
     def abandon(self) -> None:
-        """Begin to take down what was revoked: no rank is at work with it any more."""
+        """Begin to finish what was revoked, here or on a peer: no rank is at work with it any more."""
 
     def renew(self, life: str) -> None:
         """Destroy what there is, and make it anew."""
