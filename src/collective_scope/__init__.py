@@ -40,7 +40,7 @@ from .exceptions import (
 #   __main__                   the command ``check``
 #   _subtests, _subtests_report, _subtest_result    a loop of subtests, and its report
 #   _api                       the function that users call, and what it accepts
-#   _renewable, _sockets       a group that can be revoked, and made again
+#   _renewable                 a group that can be revoked, and made again
 #   _scope, _entry             the life of a scope: with, decorator; what the entry does
 #   _teardown, _arrival        the steps of the exit; the rounds among them
 #   _registry, _failures       what a body registers; what went wrong here, and what surfaces

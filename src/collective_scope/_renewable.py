@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._sockets import accepted_since, connected_sockets, cut, opened_since
 from ._torch import (
     abort_nccl,
     all_groups,
@@ -28,6 +27,7 @@ from ._torch import (
     is_nccl,
     synchronize_accelerator,
 )
+from .agreement.sockets import accepted_since, connected_sockets, cut, opened_since
 from .agreement.store_thread import base_of
 
 
@@ -188,7 +188,7 @@ class RenewableGroup:
                 self.value = self._make(store)
             finally:
                 # Without those of the store: NCCL's monitor says at length that it has lost it.
-                self._sockets = opened_since(self._before, but_to_port=self._port)
+                self._sockets = opened_since(self._before, but_to=self._port)
                 self._of_make = weakref.WeakSet(self._groups)
             self.made += 1
 

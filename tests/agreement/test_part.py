@@ -16,12 +16,14 @@ from collective_scope.agreement.barrier import LEAVE_S
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
 from collective_scope.agreement.rounds import ARRIVED, REPORT, is_uneventful
 from collective_scope.agreement.store_thread import ABSENT, base_of, get, knock, peek, set_first
+from collective_scope.agreement.wait import Wait
 from tests.stores import (
     PATIENCE_S,
     HookedStore,
     Rank,
     at_once,
     interrupted_when,
+    is_control,
     is_waiting,
     wait_until,
 )
@@ -205,6 +207,57 @@ def test_group_that_all_ranks_have_left_after_a_missed_round_has_no_keys_in_the_
     _end(early, late)
 
     assert {"collective_scope/news", "collective_scope/controls"} == set(store.list_keys())
+
+
+def _keys_of(store: dist.Store, scope: str) -> list[str]:
+    return [key for key in store.list_keys() if f"/{scope}/" in key]
+
+
+def test_keys_of_a_round_that_is_decided_after_its_end_do_not_stay(rank_on: RankOn) -> None:
+    """A control thread that was held up may decide a round whose keys are gone, and so bring them back."""
+    store = dist.HashStore()
+    ranks = [rank_on(store, rank, 2) for rank in range(2)]
+
+    def run(rank: Rank) -> Wait | None:
+        with rank.scope("0 scope") as span:
+            rank.arrive("0 scope")
+        rank.arrive("1 scope")
+        rank.arrive("2 scope")
+        return span.wait
+
+    wait, _ = at_once(*(functools.partial(run, rank) for rank in ranks))
+    assert wait_until(lambda: not _keys_of(store, "0 scope"))
+    ranks[0].part.decide(wait, store, (), {})
+    assert _keys_of(store, "0 scope")
+
+    at_once(*(functools.partial(rank.arrive, "3 scope") for rank in ranks))
+
+    assert wait_until(lambda: not _keys_of(store, "0 scope"))
+
+
+def test_count_of_a_rank_that_arrives_after_it_stopped_waiting_does_not_stay(rank_on: RankOn) -> None:
+    """A store call that was left behind may be made after the peers have removed the count."""
+    held, may_go = threading.Event(), threading.Event()
+
+    def hold(method: str, key: str) -> None:
+        if (method, key) == ("add", "0 scope/exit/n") and not is_control() and not may_go.is_set():
+            held.set()
+            may_go.wait(PATIENCE_S)
+
+    store = dist.HashStore()
+    ranks = [rank_on(HookedStore(store, hold), 0, 2), rank_on(store, 1, 2)]
+    with pytest.raises(KeyboardInterrupt), interrupted_when(held.is_set):
+        ranks[0].arrive("0 scope")
+    ranks[1].arrive("0 scope")
+    at_once(*(functools.partial(rank.arrive, "1 scope") for rank in ranks))
+    assert wait_until(lambda: not any(key.endswith("/n") for key in _keys_of(store, "0 scope")))
+    may_go.set()
+    assert wait_until(lambda: any(key.endswith("/n") for key in _keys_of(store, "0 scope")))
+
+    at_once(*(functools.partial(rank.arrive, "2 scope") for rank in ranks))
+    at_once(*(functools.partial(rank.arrive, "3 scope") for rank in ranks))
+
+    assert wait_until(lambda: not any(key.endswith("/n") for key in _keys_of(store, "0 scope")))
 
 
 def test_groups_made_again_and_again_do_not_fill_the_store(rank_on: RankOn) -> None:

@@ -210,3 +210,30 @@ def test_threads_at_the_end_of_a_process_do_not_keep_or_crash_it(seconds: str) -
     result = run_script("-c", _PROGRAM % seconds, timeout=60.0)
 
     assert ("through\n", "") == (result.stdout, result.stderr)
+
+
+_LATE_REPLY = """
+import atexit
+import threading
+
+import torch.distributed as dist
+
+server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+atexit.register(server.set, "late", "the interpreter is about to go")  # runs last, as it is registered first
+
+from collective_scope.agreement import store_thread
+
+store_thread.EXIT_S = 0.3
+thread = store_thread.StoreThread(lambda: store_thread.unbounded(server.clone()))
+started = threading.Event()
+thread.submit(lambda store: (started.set(), store_thread.get(store, "late")))
+started.wait(10.0)
+print("through")
+"""
+
+
+def test_reply_that_comes_while_the_interpreter_ends_does_not_crash_the_process() -> None:
+    """The process cuts the connections of its threads, if a store does not answer them in time."""
+    result = run_script("-c", _LATE_REPLY, timeout=60.0)
+
+    assert "through\n" == result.stdout  # and its exit code is 0

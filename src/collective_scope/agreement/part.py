@@ -64,7 +64,7 @@ class Part(Peers):
     _stale: list[str] = attrs.field(factory=list, init=False)
     """Keys of the one before."""
     _odd: list[str] = attrs.field(factory=list, init=False)
-    """Keys of rounds that were not complete; each rank removes them after the next one that is."""
+    """Keys of rounds that were not complete, or were written after their end; removed after the next one that is."""
 
     # Called by the store thread.
 
@@ -109,6 +109,7 @@ class Part(Peers):
         count = store.add(f"{key}/n", ARRIVED + (self._report(record, store) if record.has_something_to_tell else 0))
         wait.counted = True
         if self.is_left_behind():
+            self._odd += [f"{key}/n"]
             return
         # All read that before they came here; the first of them removes it, when nobody waits for that.
         stale, self._stale = self._stale if count % REPORT == ARRIVED else [], []
@@ -123,25 +124,21 @@ class Part(Peers):
             if text != ALL_OK:
                 verdict = decode_verdict(text, record, self.world_size)
         if self.is_left_behind():
+            self._odd += [f"{key}/n"]
             return
         if self.rank in verdict.missing and not wait.reason:
             self.tell(record, store)  # it is back
         if verdict.complete and self.server is not None and self.server not in self.records:
             self.read(store, [self.server])  # once: what can be said when there is no store any more
-        wait.replies.put(verdict)
-        remove(stale, store)
-        self._tidy_up([f"{key}/n", f"{key}/v"], verdict, store)
-
-    def _tidy_up(self, keys: list[str], verdict: Verdict, store: Store) -> None:
-        """Remove, or note to be removed later, the keys of a round that is over."""
-        if not verdict.complete:
+        # If all have come, all have read the verdicts of the rounds before.
+        if verdict.complete:
+            stale, self._odd = [*stale, *self._odd], []
+            self._stale, self._read = self._read, [f"{key}/n", f"{key}/v"]
+        else:
             # A thread that was left behind may come to wait for a verdict that has a reason.
-            self._odd += keys[: 1 if verdict.reason else 2]
-            return
-        # All have come, so all have read the verdicts of the rounds before.
-        self._stale, self._read = self._read, keys
-        remove(self._odd, store)
-        self._odd = []
+            self._odd += [f"{key}/n"] if verdict.reason else [f"{key}/n", f"{key}/v"]
+        wait.replies.put(verdict)  # only now: see the end of decide()
+        remove(stale, store)
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
         """Whether a rank that the *earlier* entry lacked has come at least to the first round that was *missed*."""
@@ -199,6 +196,8 @@ class Part(Peers):
                 self._await_records(wait.record, count % REPORT, store)
                 text = self._judgment(wait, store, count, lost=lost, where=where)
             set_first(store, f"{key}/v", text)
+        if wait.over:  # it ended meanwhile; if its keys were removed, some are there again
+            self._odd += [f"{key}/n", f"{key}/v"]
 
     def _judgment(self, wait: Wait, store: Store, count: int, **facts: Any) -> bytes:
         """Return the verdict as it follows from all that the ranks told, and *facts*, as for `judge`."""

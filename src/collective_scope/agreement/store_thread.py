@@ -22,6 +22,8 @@ from typing import Any
 import attrs
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from .sockets import connected_sockets, cut
+
 
 Job = Callable[[Store], Any]
 """Given the thread's store."""
@@ -37,6 +39,9 @@ CONNECT_S = 1.0
 
 EXIT_S = 5.0
 """How long the end of the process waits for threads that are in a store call; over a pulled cable, a clone() takes three."""
+
+CUT_S = 1.0
+"""How long it waits once their connections are cut."""
 
 ABSENT = b"?"
 """The reply of `peek` for a key that is not there; no key has this value."""
@@ -123,6 +128,9 @@ def _serve(jobs: SimpleQueue[Job | None], replies: SimpleQueue[Any], connect: Ca
 _threads: dict[threading.Thread, Callable[[], Callable[[], object] | None]] = {}
 """How to stop each thread that makes store calls: a weak reference to the function that does."""
 
+_ports: set[int] = set()
+"""Where the stores listen to which these threads have connected."""
+
 
 def start_thread(
     name: str, target: Callable[..., object], *args: Any, stop: Callable[[], Callable[[], object] | None]
@@ -143,15 +151,24 @@ def _stop_all() -> None:
 
     A daemon thread that comes back from C++ while the interpreter is going
     away is ended inside of a C++ frame, and that aborts the process ("terminate
-    called without an active exception").
+    called without an active exception"). So a call that waits for a server that
+    is silent, or was out of reach, is ended by cutting its connection.
     """
-    deadline = time.monotonic() + EXIT_S
     threads = [(thread, stop()) for thread, stop in list(_threads.items()) if thread.is_alive()]
     for _, stop in threads:
         if stop is not None:
             stop()
-    for thread, _ in threads:
+    if not _join([thread for thread, _ in threads], EXIT_S):
+        cut(connected_sockets(to=_ports))
+        _join([thread for thread, _ in threads], CUT_S)
+
+
+def _join(threads: list[threading.Thread], timeout: float) -> bool:
+    """Wait until *threads* have ended, up to *timeout* seconds for all; return whether they have."""
+    deadline = time.monotonic() + timeout
+    for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 def base_of(store: Store) -> Store:
@@ -166,6 +183,7 @@ def unbounded(view: Store) -> Store:
     store = base_of(view)
     if isinstance(store, TCPStore):  # of other stores, a clone is the user's own
         store.set_timeout(FOREVER)
+        _ports.add(store.port)
     return store
 
 

@@ -24,6 +24,8 @@ Part.records       the store and control threads, each        the same
                    value as a whole
 Part.lost, .beats, the control thread                         the same
 .revoked, .asked
+Part._odd          the store thread; the control thread, for  the store thread
+                   a wait that is over
 Part.items         the store thread: news that it wrote       the control thread
 Part, all others   the store thread                           the store thread
 =================  =========================================  =============================

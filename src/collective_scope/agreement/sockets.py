@@ -6,16 +6,23 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
-def connected_sockets(but_to_port: int | None = None) -> dict[int, str]:
-    """Return the connected TCP sockets of this process, but those to a port: what tells each apart, by descriptor."""
+def connected_sockets(*, to: Collection[int] | None = None, but_to: int | None = None) -> dict[int, str]:
+    """
+    Return the connected TCP sockets of this process: what tells each apart, by descriptor.
+
+    Args:
+        to: Ports of peers; only connections to them are returned.
+        but_to: Port of peers; connections to it are left out.
+    """
     found = {}
     for fd, link, copy in _sockets():
         with contextlib.suppress(OSError):  # not connected
-            if copy.getpeername()[1] != but_to_port:
+            port = copy.getpeername()[1]
+            if port != but_to and (to is None or port in to):
                 found[fd] = link
     return found
 
@@ -48,8 +55,9 @@ def _sockets() -> Iterator[tuple[int, str, socket.socket]]:
                         yield int(fd.name), link, copy
 
 
-def opened_since(before: dict[int, str], but_to_port: int | None = None) -> dict[int, str]:
-    return {fd: link for fd, link in connected_sockets(but_to_port).items() if before.get(fd) != link}
+def opened_since(before: dict[int, str], but_to: int | None = None) -> dict[int, str]:
+    """Return the connections of this process that are newer than *before*, but those to a port."""
+    return {fd: link for fd, link in connected_sockets(but_to=but_to).items() if before.get(fd) != link}
 
 
 def cut(sockets: dict[int, str]) -> None:
