@@ -839,6 +839,7 @@ def _load_report(path: Path) -> Report | None:
 
 def run_script(
     *command: str | Path,
+    python: str = sys.executable,
     prefix: Iterable[str] = (),
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
@@ -846,10 +847,12 @@ def run_script(
     expect_exit: int | None = 0,
 ) -> ScriptResult:
     """
-    Run this Python with the arguments *command*, and all that it starts.
+    Run Python with the arguments *command*, and all that it starts.
 
     Args:
         command: For example a path and its arguments, or ``"-m"`` and a module.
+
+        python: Which one; by default this one.
 
         prefix: A command that runs the one that follows it, somewhere else.
 
@@ -877,7 +880,7 @@ def run_script(
         tempfile.NamedTemporaryFile() as stderr,
     ):
         popen = subprocess.Popen(
-            [*prefix, sys.executable, *map(str, command)],
+            [*prefix, python, *map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -207,3 +208,21 @@ def test_index_of_examples_names_each_of_them() -> None:
 
     assert [str(path) for path in linked if not path.exists()] == []
     assert examples | {EXAMPLES / "test_moe_layer", EXAMPLES / "pool" / "pool.py"} <= linked
+
+
+VLLM_PYTHON = os.environ.get("COLLECTIVE_SCOPE_VLLM_PYTHON", "")
+"""The Python of the environment with vLLM; the docstring of the example says how to make one."""
+
+
+@pytest.mark.skipif(not VLLM_PYTHON, reason="needs vLLM: COLLECTIVE_SCOPE_VLLM_PYTHON is not set")
+def test_vllm_whose_rank_fails_in_one_configuration_has_right_verdicts_in_all() -> None:
+    """Functions of vLLM make its model-parallel state, again after the failure; its layer is right afterwards."""
+    result = run_script(EXAMPLES / "vllm_moe_layer.py", python=VLLM_PYTHON, timeout=300.0)
+
+    for rank in (0, 1):
+        [line] = [each for each in result.stdout.splitlines() if each.startswith(f"[rank {rank}] ")]
+        made = re.fullmatch(r".* 12 of 12 verdicts right; vLLM's groups made in (.*) s, destroyed in .*", line)
+        assert made is not None
+        assert 2 == len(made[1].split(", "))
+    assert "  rank 1, body: ValueError: injected before the collectives" in result.stdout.splitlines()
+    assert "11 passed, 1 failed in " in result.stdout

@@ -208,8 +208,10 @@ class Entry(Teardown):
         """Take this scope from the control thread's sight; a wait of it may still be to be ended."""
         if span.revocation is not None:
             span.revocation.end()
-            if span.revocation.is_begun and span.history is not None:
-                span.history.append((span.revocation.begun_at, "revoked"))
+            is_revoked = span.revocation.is_begun or (self.verdict is not None and self.verdict.revoked)
+            if is_revoked and span.history is not None:
+                # A rank that its peers have freed may have arrived before it revoked its own end.
+                span.history.append((span.revocation.begun_at or span.since, "revoked"))
         span.part.revoked.discard(self._path)
         span.control.left, span.is_left = self.name, True
         if span.is_idle:
