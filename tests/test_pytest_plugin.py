@@ -197,6 +197,15 @@ def test_failures_of_one_rank_before_or_after_collectives_are_shown_with_their_c
     assert 2 == len(re.findall(r"^SUBFAILED.* - rank 3: ValueError", run.stdout, re.MULTILINE))
 
 
+def test_cleanup_that_did_not_run_is_named_in_the_report(four: dict[str, list[Run]]) -> None:
+    """All ranks say that a collective cleanup could not run, as the scope does."""
+    for run in four["faults"]:
+        text = next(text for test, text in run.texts.items() if "test_fails_before_collectives" in test)
+        assert re.search(
+            r"^Not run, .*: cleanup 'all_reduce' \(registered at .*suite_faults\.py:\d+\)", text, re.MULTILINE
+        )
+
+
 def test_ranks_that_do_different_things_are_told_apart(four: dict[str, list[Run]]) -> None:
     """A skip on one rank is a failure; of several errors the first leads, and all are listed; long reports are cut."""
     run = four["divided"][3]

@@ -40,13 +40,14 @@ def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
     return f"In addition, {phase}: {f'{kind}: {message}' if in_full else one_line(kind, message)}"
 
 
+NOT_RUN = (
+    "Not run, because the ranks could not agree to run it together, not all of them came, or the group was revoked: "
+)
+
+
 def skipped(cleanups: Iterable[object]) -> str:
     """Mention cleanups that a rank may not run alone, or not while another rank is missing."""
-    return (
-        "Not run, because the ranks could not agree to run it together, not all of them came, or the group was revoked: "
-        + ", ".join(map(str, cleanups))
-        + ". All that it refers to is kept alive until the process ends."
-    )
+    return NOT_RUN + ", ".join(map(str, cleanups)) + ". All that it refers to is kept alive until the process ends."
 
 
 def not_entered(scope: str) -> str:

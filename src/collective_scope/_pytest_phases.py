@@ -19,6 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from ._api import collective_scope
+from ._notes import NOT_RUN
 from ._pytest_reports import as_judged, failed, hear, judge, name_ranks, subtests_elsewhere, tell, telling
 from ._pytest_terminal import Terminal
 from ._scope import CollectiveScope
@@ -67,6 +68,7 @@ class Phase:
         refusal: Why it did not begin; then *scope* is one of this rank alone.
         verdict: What the ranks did.
         subtests: The reports of its subtests that failed.
+        notes: What the scope says of cleanups that did not run.
         state: How far it has come.
     """
 
@@ -74,6 +76,7 @@ class Phase:
     refusal: BaseException | None = None
     verdict: Verdict | None = None
     subtests: list[dict[str, Any]] = attrs.field(factory=list)
+    notes: list[str] = attrs.field(factory=list)
     state: Literal["body", "report", "agreement"] = "body"
 
     def enter(self) -> None:
@@ -100,6 +103,7 @@ class Phase:
         except BaseException as raised:
             error, errors = raised, [raised]
         errors += getattr(error, "collective_scope_errors", ())
+        self.notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(NOT_RUN)]
         if self.refusal is None:
             self.verdict = self.scope.verdict
         else:
@@ -262,7 +266,7 @@ class Phases:
             made: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
             return made
 
-        return failed(report, verdict, errors, rank=self._terminal.rank, config=self._config, make=make)
+        return failed(report, verdict, errors, phase.notes, rank=self._terminal.rank, config=self._config, make=make)
 
     def _leave(
         self, phase: Phase, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport

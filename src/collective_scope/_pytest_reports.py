@@ -142,6 +142,7 @@ def failed(
     report: pytest.TestReport,
     verdict: Verdict | None,
     errors: Sequence[BaseException],
+    notes: Sequence[str],
     *,
     rank: int,
     config: pytest.Config,
@@ -154,6 +155,7 @@ def failed(
         report: What this rank made of the phase.
         verdict: What the ranks did.
         errors: What the scope raised.
+        notes: What it said of cleanups that did not run.
         rank: This rank.
         config: pytest's.
         make: Returns the report that this rank makes of another exception.
@@ -185,6 +187,7 @@ def failed(
             name_ranks(report, alike, line)
         _add(report, "ranks", "\n".join(map(str, ours)) if ours and lead else "")
         _add(report, "ranks", "\n".join(_outcomes(verdict)) if verdict.complete else "")
+    _add(report, "cleanups", "\n".join(notes))
     for error in local:
         _add(report, f"in addition, on rank {rank}", traceback_of(error))
     return report

@@ -42,8 +42,9 @@ def test_fixture_fails() -> None:
     all_reduce(1.0)
 
 
-def test_fails_before_collectives() -> None:
-    """The peers are stuck."""
+def test_fails_before_collectives(collective_scope: CollectiveScope) -> None:
+    """The peers are stuck, and the group is revoked, so that no collective cleanup can run."""
+    collective_scope.collective_cleanup(all_reduce, 1.0)
     fail_on_last_rank("before collectives")
     all_reduce(1.0)
 
