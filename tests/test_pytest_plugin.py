@@ -364,3 +364,50 @@ def _junit(path: Path) -> tuple[Counter[tuple[str | None, ...]], dict[str, str]]
 
 def _name(run: Run, test: str) -> str:
     return next(name for name in run.texts if f"::{test} " in name)
+
+
+_DEAD = """
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+@pytest.fixture(scope="session", autouse=True)
+def group():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+
+
+def test_fails_before():
+    if dist.get_rank() == 1:
+        raise ValueError("the cause")
+    dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_later(number):
+    dist.all_reduce(torch.ones(1))
+
+
+def test_without_collectives():
+    pass
+"""
+
+
+def test_group_that_cannot_be_made_again_is_called_dead_in_full_once_then_in_a_line(tmp_path: Path) -> None:
+    """Reports of tests that meet a dead group say since when it is, and show no traceback of torch's."""
+    (tmp_path / "test_dead.py").write_text(_DEAD)
+    arguments = ("-m", "pytest", "-n0", "-p", "no:cacheprovider", "-p", "no:logging", SCOPES)
+
+    run = run_torchrun(*arguments, world_size=2, cwd=tmp_path, env=WIDE, expect_exit=1)
+
+    assert re.search(r"4 failed, 1 passed in ", run.stdout)
+    assert 1 == run.stdout.count("RenewableGroup frees its ranks before that")
+    later = re.findall(r"^FAILED .*test_later\[\d\] - (.*)$", run.stdout, re.MULTILINE)
+    assert all("its group is dead since scope 'test_dead.py::test_fails_before (call)': " in line for line in later[1:])
+    assert 3 == len(later)
+    sections = re.split(r"^_{5,} (\S+) _{5,}$", run.stdout, flags=re.MULTILINE)
+    last = sections[sections.index("test_later[2]") + 1]
+    assert "distributed_c10d.py" not in last
+    assert len(last.splitlines()) < 12

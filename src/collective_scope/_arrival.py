@@ -21,6 +21,7 @@ from .agreement.records import Listed, Record, Verdict
 from .agreement.text import message_of, shorten, type_name
 from .agreement.wait import Wait
 from .agreement.watch import Span
+from .exceptions import CollectiveScopeError
 
 
 __tracebackhide__ = True
@@ -138,12 +139,12 @@ class Arrival(Registry):
     def _note_death(self, error: BaseException) -> str:
         """Return since which scope the group is dead, if *error* comes of that and the log has told it in full."""
         membership = self._membership
-        is_end = isinstance(error, RuntimeError) and _torch.is_end_of_gloo(message_of(error))
+        is_end = not isinstance(error, CollectiveScopeError) and _torch.is_end_of_gloo(message_of(error))
         if membership is None or membership.renewal is not None or not is_end:
             return ""
         since, membership.dead_since = membership.dead_since, membership.dead_since or self.name
-        if not since and self._barrier is not None:
-            error.add_note(_notes.GROUP_IS_DEAD)
+        if self._barrier is not None:
+            error.add_note(_notes.still_dead(since) if since else _notes.GROUP_IS_DEAD)
         return since
 
     def _find(self) -> None:

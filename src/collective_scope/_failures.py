@@ -74,7 +74,7 @@ class Failures:
         try:
             text = _notes.failed_here(rank, world_size, scope, phase)
             exc_info = None if dead_since else (type(error), error, without_frames_of_ours(error.__traceback__))
-            text += _notes.still_dead(dead_since) if dead_since else ""
+            text += f": {_notes.still_dead(dead_since)}" if dead_since else ""
             logger.log(level, "%s", text, exc_info=exc_info, extra={"rank": rank, "scope": scope, "phase": phase})
         except Exception as broken:
             # A handler that raises must not be silent, nor keep the rank from the barrier.

@@ -16,7 +16,8 @@ MISNESTING_ADVICE = (
 
 GROUP_IS_DEAD = (
     "gloo has closed the connections of this group for good: every later collective on it fails, whatever the"
-    " next scopes do. collective_scope.RenewableGroup frees its ranks before that, and makes the group again."
+    " next scopes do. collective_scope.RenewableGroup frees its ranks before that, and makes the group again"
+    " (in pytest: --collective-scope-make)."
 )
 
 
@@ -29,9 +30,12 @@ def failed_here(rank: int, world_size: int, scope: str, phase: str) -> str:
     return f"rank {rank} of {world_size} failed in scope {scope!r}, {phase}; {told}"
 
 
+STILL_DEAD = "its group is dead since scope "
+
+
 def still_dead(since: str) -> str:
     """Say in few words why a collective failed."""
-    return f": its group is dead since scope {since!r}"
+    return f"{STILL_DEAD}{since!r}"
 
 
 def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:

@@ -19,7 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from ._api import collective_scope
-from ._notes import NOT_RUN
+from ._notes import GROUP_IS_DEAD, NOT_RUN, STILL_DEAD
 from ._pytest_reports import as_judged, failed, hear, judge, name_ranks, subtests_elsewhere, tell, telling
 from ._pytest_terminal import Terminal
 from ._scope import CollectiveScope
@@ -29,6 +29,9 @@ from .exceptions import RevokedInterrupt
 
 __tracebackhide__ = True
 """Where pytest leaves frames out: they tell nothing of a test."""
+
+_TOLD = (NOT_RUN, GROUP_IS_DEAD, STILL_DEAD)
+"""What notes begin with that a report has."""
 
 _ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SCOPE = pytest.StashKey[CollectiveScope]()
@@ -68,7 +71,7 @@ class Phase:
         refusal: Why it did not begin; then *scope* is one of this rank alone.
         verdict: What the ranks did.
         subtests: The reports of its subtests that failed.
-        notes: What the scope says of cleanups that did not run.
+        notes: What the scope says of cleanups that did not run, and of a group that is dead.
         state: How far it has come.
     """
 
@@ -103,7 +106,7 @@ class Phase:
         except BaseException as raised:
             error, errors = raised, [raised]
         errors += getattr(error, "collective_scope_errors", ())
-        self.notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(NOT_RUN)]
+        self.notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_TOLD)]
         if self.refusal is None:
             self.verdict = self.scope.verdict
         else:

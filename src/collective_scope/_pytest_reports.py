@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 
+from ._notes import STILL_DEAD
 from ._report import _numbers, _outcomes, is_like_a_consequence
 from .agreement.records import Outcome, Verdict
 from .agreement.rounds import failures_in_order
@@ -155,7 +156,7 @@ def failed(
         report: What this rank made of the phase.
         verdict: What the ranks did.
         errors: What the scope raised.
-        notes: What it said of cleanups that did not run.
+        notes: What it said of cleanups that did not run, and of a group that is dead.
         rank: This rank.
         config: pytest's.
         make: Returns the report that this rank makes of another exception.
@@ -177,6 +178,10 @@ def failed(
         report.longrepr = _as_text(text)
     elif rank not in alike:
         report = _as_told(lead, report, config, make)
+    dead = next((note for note in notes if note.startswith(STILL_DEAD)), "")
+    if dead and lead is not None and is_like_a_consequence(lead.outcome):
+        line = f"{dead}: {line}"
+        report.longrepr = _as_text(line)  # the first test that met the dead group has it in full
     report.outcome = "failed"
     vars(report).pop("wasxfail", None)
     if verdict is not None and verdict.world_size > 1:
@@ -187,7 +192,7 @@ def failed(
             name_ranks(report, alike, line)
         _add(report, "ranks", "\n".join(map(str, ours)) if ours and lead else "")
         _add(report, "ranks", "\n".join(_outcomes(verdict)) if verdict.complete else "")
-    _add(report, "cleanups", "\n".join(notes))
+    _add(report, "notes", "\n".join(note for note in notes if note != dead))
     for error in local:
         _add(report, f"in addition, on rank {rank}", traceback_of(error))
     return report
