@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from .agreement.stacks import no_collection
+from .agreement.stacks import is_runner, no_collection
 
 
 EXIT_CODE = 124
@@ -147,11 +147,14 @@ def end(text: str) -> None:
 
 
 def stacks() -> str:
-    """Return the stacks of all threads but this library's."""
+    """Return the stacks of all threads but this library's, without the frames of pytest."""
     names = {each.ident: each.name for each in threading.enumerate()}
     with no_collection():
         frames = sys._current_frames().items()  # noqa: SLF001  (documented, for this purpose)
-        steps = {names.get(ident, str(ident)): [*traceback.walk_stack(frame)] for ident, frame in frames}
+        walked = {names.get(ident, str(ident)): [*traceback.walk_stack(frame)] for ident, frame in frames}
+    steps = {
+        name: [step for step in stack if not is_runner(step[0].f_code.co_filename)] for name, stack in walked.items()
+    }
     return "".join(
         f"Thread {name}:\n{''.join(traceback.StackSummary.extract(reversed(stack)).format())}"
         for name, stack in steps.items()

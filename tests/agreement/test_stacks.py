@@ -190,6 +190,17 @@ def test_threads_and_frames_of_the_library_are_left_out(monkeypatch: pytest.Monk
     assert [] == [name for name in _functions(text) if name in ("body", "_almost", "_innermost")]
 
 
+def test_thread_that_waits_in_the_library_is_shown_in_its_own_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank at the barrier, neither the frames of a runner that has called the library are shown nor Python's."""
+    with _parked() as ident:
+        monkeypatch.setattr(stacks, "OURS", threading.__file__)  # as if the functions that wait were the library's
+        assert ["_almost", "_innermost"] == _functions(where_is(ident))
+        monkeypatch.setattr(stacks, "is_runner", __file__.__eq__)  # as if those here were pytest's
+        text = where_is(ident)
+
+    assert "" == text
+
+
 _LOOKER = """
 import gc, random, sys, threading, time
 from collective_scope.agreement.stacks import where_is

@@ -33,8 +33,13 @@ def where_is(thread: int, body: CodeType | None = None) -> str:
         body: The code in which the scope was entered: its line is shown, and the two innermost within it.
     """
     with no_collection():
-        stacks = {ident: _stack(frame) for ident, frame in sys._current_frames().items()}  # noqa: SLF001  (documented, for this purpose)
+        frames = sys._current_frames()  # noqa: SLF001  (documented, for this purpose)
+        stacks = {ident: _stack(frame) for ident, frame in frames.items()}
+        is_ours = thread in frames and _is_ours(frames[thread])
     names = {each.ident: each.name for each in threading.enumerate()}
+    if is_ours:  # it waits here; of what has called the library, only a program of the user's own tells something
+        files = [(step, step[0].f_code.co_filename) for step in stacks[thread]]
+        stacks[thread] = [step for step, file in files if not _is_installed(file) and not _is_wrapper(file)]
     text = _show(stacks[thread], body) + _handled(thread) if thread in stacks else ""
     for ident, stack in stacks.items():
         name = names.get(ident, str(ident))
@@ -70,11 +75,24 @@ os.register_at_fork(before=_looking.acquire, after_in_parent=_looking.release, a
 def _stack(frame: FrameType) -> list[_Step]:
     """Return the steps that lead to *frame*, innermost last, without those of this library."""
     steps = reversed(list(traceback.walk_stack(frame)))
-    return [step for step in steps if not step[0].f_code.co_filename.startswith(OURS)]
+    return [step for step in steps if not _is_ours(step[0])]
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(OURS)
+
+
+def _is_installed(file: str) -> bool:
+    return f"{os.sep}site-packages{os.sep}" in file
+
+
+def is_runner(file: str) -> bool:
+    """Whether *file* is of pytest, whose frames are many and tell nothing of a test."""
+    return any(f"{os.sep}{package}{os.sep}" in file for package in ("_pytest", "pytest", "pluggy"))
 
 
 def _show(stack: list[_Step], body: CodeType | None) -> str:
-    # The wrappers of torch and of the standard library say less than the line that called them.
+    # The wrappers of torch, pytest and the standard library say less than the line that called them.
     users = [step for step in stack if not _is_wrapper(step[0].f_code.co_filename)] or stack
     entered = max((number for number, step in enumerate(users) if step[0].f_code is body), default=0)
     last = [entered] if users and users[entered][0].f_code is body else []
@@ -91,8 +109,8 @@ def _handled(thread: int) -> str:
 
 
 def _is_wrapper(file: str) -> bool:
-    is_installed = f"{os.sep}site-packages{os.sep}" in file
-    return file.startswith("<") or f"{os.sep}torch{os.sep}" in file or (file.startswith(_STDLIB) and not is_installed)
+    is_of_python = file.startswith("<") or (file.startswith(_STDLIB) and not _is_installed(file))
+    return is_of_python or f"{os.sep}torch{os.sep}" in file or is_runner(file)
 
 
 def _is_collective(step: _Step) -> bool:
