@@ -411,3 +411,28 @@ def test_group_that_cannot_be_made_again_is_called_dead_in_full_once_then_in_a_l
     last = sections[sections.index("test_later[2]") + 1]
     assert "distributed_c10d.py" not in last
     assert len(last.splitlines()) < 12
+
+
+_SLEEPS = """
+import os, time
+
+if os.environ["RANK"] == "1":
+    time.sleep(60)  # the fault
+
+
+def test_nothing():
+    pass
+"""
+
+
+def test_rank_that_is_stuck_in_an_import_is_located_by_its_peer(tmp_path: Path) -> None:
+    """Rank 0 says in which line rank 1 is, although that has collected no test yet."""
+    (tmp_path / "test_sleeps.py").write_text(_SLEEPS)
+    limits = ("--collective-scope-timeout=6", "--collective-scope-failure-timeout=3", "--collective-scope-warn-after=2")
+    arguments = ("-m", "pytest", "-n0", "-p", "no:cacheprovider", SCOPES, *limits)
+
+    run = run_torchrun(*arguments, world_size=2, cwd=tmp_path, env=WIDE, expect_exit=1)
+
+    assert "rank 1 of 2 missing at the exit of scope 'collection'" in run.stderr
+    place = r"missing:  1  \S+ pid \d+, outside of any scope \(sleeping\)\n +File \".*test_sleeps\.py\", line 5, in <module>"
+    assert re.search(place, run.stderr)

@@ -18,6 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from ._api import collective_scope
+from ._groups import find
 from ._pytest_phases import Phase, Phases, World, Wrapper, new_scope, stop
 from ._pytest_reports import hear, telling
 from ._pytest_terminal import Quiet, Terminal
@@ -63,9 +64,12 @@ class Plugin:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
-        """Let rank 0 alone print, if all tests run in scopes."""
+        """Let rank 0 alone print, if all tests run in scopes; let the peers see where this rank is from now on."""
         if self._is_quiet and self._config.pluginmanager.has_plugin("terminalreporter"):
             self._config.get_terminal_writer()._file = Quiet(self._terminal.stderr)  # noqa: SLF001  (pytest cannot be quiet)
+        found = None if self._world.store is None else find(self._world)
+        if found is not None and (barrier := found[0].barrier) is not None:
+            barrier.join()
 
     def pytest_report_header(self) -> str:
         """Say what the tests run on."""
