@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from collective_scope import RenewableGroup, RevokedInterrupt, collective_scope
+from collective_scope import RenewableGroup, RevokedInterrupt, collective_scope, current_scope
 from tests.carry_on import Event, defects, figures, plan, run, world_of
 from tests.ranks import RankPool, here, values
 from tests.stores import LONG_S
@@ -85,10 +86,10 @@ def _in_scopes(world: RenewableGroup, bodies: list[Callable[[], Any]], **options
     for number, body in enumerate(bodies):
         result: Any = None
         try:
-            with collective_scope(world, name=f"scope-{number}", timeout=30, failure_timeout=30, **options):
+            with collective_scope(world, name=f"scope-{number}", **{"timeout": 30, "failure_timeout": 30, **options}):
                 result = body()
         except Exception as error:  # noqa: BLE001  (kept, and looked at by the test)
-            seen.append((type(error).__name__, str(error).splitlines()[0]))
+            seen.append((type(error).__name__, str(error)))
         else:
             seen.append(("", result))
     return seen
@@ -274,8 +275,38 @@ def test_world_interrupts_a_body_that_goes_on(how: str, run_on: Run) -> None:
     assert [RevokedInterrupt.__name__, "finally"] == seen
     assert "PeerFailedError" == surfaced[0][0]
     assert "before its collectives" in surfaced[0][1]
+    ended = "0 (body failed, after the group was revoked: collective_scope.RevokedInterrupt: ended at "
+    assert re.search(rf"{re.escape(ended)}\S*test_renewable\.py:\d+, in ", surfaced[0][1])
     assert "ValueError" == failed[0][0]
     assert ("", 1.0) == tuple(surfaced[1]) == tuple(failed[1])
+
+
+def _beyond_the_timeout(rank: int, world_size: int, how: str) -> tuple[list[tuple[str, Any]], float]:
+    world = RenewableGroup(store=_store(f"beyond-{how}"), rank=rank, world_size=world_size)
+
+    def wait() -> None:
+        if rank == 1:
+            _WAYS_TO_GO_ON[how]()
+        if rank == 2:
+            _sum_of_ranks()
+
+    since = time.monotonic()
+    seen = _in_scopes(world, [wait, _sum_of_ranks], timeout=1.0)
+    took = time.monotonic() - since
+    dist.destroy_process_group()
+    return seen, took
+
+
+@pytest.mark.parametrize("how", _WAYS_TO_GO_ON)
+def test_world_frees_ranks_that_their_peers_have_given_up_on(how: str, run_on: Run) -> None:
+    """A rank that does not come within the timeout costs its scope and no other, whatever it does in Python."""
+    results = run_on(3, _beyond_the_timeout, how)
+
+    for rank, (seen, took) in enumerate(results):
+        assert took < 1.0 + 5.0, results
+        assert seen[0][0] == ("RuntimeError" if rank == 2 else "BarrierTimeoutError")
+        assert rank == 2 or "ranks 1 and 2 of 3 missing" in seen[0][1]
+        assert ("", 3.0) == tuple(seen[1])
 
 
 def _ends_by_itself(rank: int, world_size: int) -> Any:
@@ -396,6 +427,42 @@ def test_world_frees_a_rank_that_is_stuck_in_a_group_that_a_body_has_made(run_on
         assert seen[1][0] in {"RuntimeError", "ValueError"}
         assert ("", 1.0) == tuple(seen[2])
         assert seconds < 0.5 + 0.3 + 2 * 0.5 + 5.0  # the grace, the way back, two makings
+
+
+def _group_destroyed_by_a_body(rank: int, world_size: int, how: str) -> list[tuple[str, Any]]:
+    world = RenewableGroup(store=_store(f"destroyed by a body, {how}"), rank=rank, world_size=world_size)
+    kept: list[Any] = []
+
+    def use() -> float:
+        group = dist.new_group([0, 1])
+        kept.append(group)  # which keeps its connections
+        if how == "cleanup" and rank < 2:
+            current_scope().cleanup(dist.destroy_process_group, group)
+        try:
+            if rank == 1 and len(kept) == 2:
+                msg = "before its collectives"
+                raise ValueError(msg)
+            return _sum_of_ranks(group) if rank < 2 else 1.0
+        finally:
+            if how == "finally" and rank < 2:
+                dist.destroy_process_group(group)
+
+    seen = _in_scopes(world, [use] * 4)
+    dist.destroy_process_group()
+    return seen
+
+
+@pytest.mark.parametrize("how", ["finally", "cleanup"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_world_frees_a_rank_that_is_stuck_in_a_group_that_its_peer_has_destroyed(
+    how: str, world_size: int, run_on: Run
+) -> None:
+    """A rank that fails, and destroys the sub-group that its body made, costs one scope."""
+    results = run_on(world_size, _group_destroyed_by_a_body, how)
+
+    for rank, seen in enumerate(results):
+        assert seen[1][0] == ("RuntimeError", "ValueError", "PeerFailedError")[rank], seen
+        assert [("", 1.0)] * 3 == [tuple(seen[number]) for number in (0, 2, 3)], seen
 
 
 def _two_worlds(rank: int, world_size: int) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 from collective_scope import Outcome, Verdict, _notes, _report
 from collective_scope._cleanups import Cleanup
 from collective_scope.agreement.process import Place, Process
-from collective_scope.agreement.records import OK
+from collective_scope.agreement.records import AFTER_REVOCATION, OK
 
 
 def _failed(message: str = "no", *, order: int = 1, phase: str = "body", also: tuple[str, ...] = ()) -> Outcome:
@@ -79,10 +79,6 @@ def test_peers_failed_later_errors_of_a_rank_follow_its_first() -> None:
     ("kind", "message"),
     [
         # Texts of torch 2.13 and 2.11, gloo, NCCL and UCX when a peer is gone or has given up.
-        pytest.param(
-            "RuntimeError", "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1", id="gloo"
-        ),
-        pytest.param("RuntimeError", "Read error [127.0.0.1]:1: Connection reset by peer", id="gloo-reset"),
         pytest.param("RuntimeError", "Timed out waiting 1800000ms for recv operation to complete", id="gloo-timeout"),
         pytest.param(
             "torch.distributed.DistBackendError",
@@ -95,7 +91,6 @@ def test_peers_failed_later_errors_of_a_rank_follow_its_first() -> None:
             "failed to recv, got 0 bytes. Connection was likely closed",
             id="store",
         ),
-        pytest.param("BrokenPipeError", "[Errno 32] Broken pipe", id="pipe"),
         pytest.param("queue.Empty", "timeout", id="queue"),
         pytest.param("mpi4py.MPI.Exception", "MPIX_ERR_REVOKED: Communication object revoked", id="mpi"),
     ],
@@ -120,6 +115,40 @@ def test_peers_failed_error_after_the_first_that_speaks_of_a_peer_is_likely_a_co
     ] == lines[1:5]
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        pytest.param("RuntimeError", "Connection closed by peer [::1]:1", id="gloo"),
+        pytest.param("RuntimeError", "Read error [127.0.0.1]:1: Connection reset by peer", id="gloo-reset"),
+        pytest.param("BrokenPipeError", "[Errno 32] Broken pipe", id="pipe"),
+        pytest.param("collective_scope.RevokedInterrupt", "ended at a.py:3, in f", id="interrupt"),
+    ],
+)
+def test_peers_failed_error_over_a_closed_connection_is_listed_after_what_closed_it(kind: str, message: str) -> None:
+    """A rank that closes its connections on its way out is heard of by its peers before it can tell why."""
+    outcomes = {0: Outcome("body", kind, message, "", 1), 1: _failed("the cause", order=2)}
+    lines = _report.peers_failed(_verdict(3, outcomes=outcomes)).splitlines()
+
+    assert lines[0].endswith("rank 1 first: ValueError: the cause")
+    assert [
+        "  arrived:  1 (body failed: ValueError: the cause)",
+        f"            0 (body failed: {kind}: {message}; likely a consequence)",
+    ] == lines[1:3]
+
+
+def test_peers_failed_error_of_gloo_is_told_without_its_place_and_its_guess() -> None:
+    """Gloo names a line of its own source, and guesses that a process has crashed, which it has not."""
+    message = (
+        "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1."
+        " This is typically caused by a remote worker crashing. Check the logs of the remote worker."
+    )
+    phase = f"body{AFTER_REVOCATION}"
+    lines = _report.peers_failed(_verdict(2, outcomes={0: Outcome(phase, "RuntimeError", message)})).splitlines()
+
+    told = "body failed, after the group was revoked: RuntimeError: Connection closed by peer [127.0.0.1]:1."
+    assert f"  arrived:  0 ({told})" == lines[1]
+
+
 def test_peers_failed_error_that_passes_on_another_is_listed_after_it() -> None:
     """A rank may tell of a failure in a scope within before the rank that failed has told of it."""
     kind = "collective_scope.exceptions.PeerFailedError"
@@ -142,8 +171,8 @@ def test_lost_rank_makes_the_first_failure_likely_a_consequence() -> None:
     lines = _report.lost(_verdict(3, outcomes=outcomes, lost=(1,), timeout=0.2)).splitlines()
 
     assert [
-        "  arrived:  0 (body failed: RuntimeError: Connection closed by peer; likely a consequence)",
-        "            2 (body failed: ValueError: my own)",
+        "  arrived:  2 (body failed: ValueError: my own)",
+        "            0 (body failed: RuntimeError: Connection closed by peer; likely a consequence)",
     ] == lines[1:3]
 
 
@@ -202,11 +231,11 @@ def test_peers_failed_by_a_skip_reads_as_one() -> None:
 
 
 def test_missing_rank_is_named_with_what_the_others_say() -> None:
-    """The first line says who is missing, where, and since when; then who came, then a guess."""
+    """The first line says who is missing, where, since when, and the cause; then who came, then a guess."""
     verdict = _verdict(4, outcomes={0: _failed(), 1: OK, 3: OK}, missing=(2,), timeout=60.04)
 
     assert _report.missing(verdict).splitlines() == [
-        "rank 2 of 4 missing at the exit of scope 'ep4' after 60.0 s",
+        "rank 2 of 4 missing at the exit of scope 'ep4' after 60.0 s; before that, rank 0 failed: ValueError: no",
         "  arrived:  0 (body failed: ValueError: no)",
         "            1, 3 (ok)",
         "  missing:  2",

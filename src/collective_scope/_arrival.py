@@ -17,7 +17,7 @@ from ._kill import Killer
 from ._membership import Membership
 from ._registry import Registry
 from .agreement.barrier import Barrier, verdict_alone
-from .agreement.records import Listed, Record, Verdict
+from .agreement.records import AFTER_REVOCATION, Listed, Record, Verdict
 from .agreement.text import message_of, shorten, type_name
 from .agreement.wait import Wait
 from .agreement.watch import Span
@@ -123,7 +123,7 @@ class Arrival(Registry):
                 span.history.append((time.monotonic(), "failed"))
             span.has_failed = True
             if span.revocation is not None and span.revocation.is_begun:
-                phase = f"{phase}, after the group was revoked"
+                phase += AFTER_REVOCATION
         self._failures.raised.append((phase, error))
         if barrier is not None and len(self._failures.raised) == 1 and self._path and not self._is_past_barrier:
             barrier.publish(self._record(self._stage))

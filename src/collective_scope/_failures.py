@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import unittest
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ import attrs
 from . import _notes, _report
 from ._cleanups import Cleanup
 from .agreement.records import OK, Outcome, Verdict
+from .agreement.rounds import failures_in_order
 from .agreement.text import message_of, one_line, type_name, without_frames_of_ours
 from .exceptions import (
     BarrierTimeoutError,
@@ -167,7 +167,7 @@ def errors_of(verdict: Verdict, rank: int, *, failed: bool = False) -> list[Coll
     elif is_timeout or (verdict.reason and not others and mine is None):
         errors.append(BarrierTimeoutError(_report.missing(verdict), verdict))
     # On a rank that failed itself, only an earlier failure is news: it may be the cause.
-    if others and (mine is None or min(o.order or math.inf for o in others) < (mine.order or math.inf)):
+    if others and (mine is None or failures_in_order(verdict.failures)[0][0] != rank):
         errors.append(PeerFailedError(_report.peers_failed(verdict), verdict))
     if verdict.cleanups:
         errors.append(CleanupMismatchError(_report.cleanups_differ(verdict), verdict))

@@ -23,6 +23,7 @@ from ._torch import (
     all_groups,
     connect_nccl,
     forget_unfinished_groups,
+    groups_so_far,
     has_accelerator,
     is_nccl,
     synchronize_accelerator,
@@ -124,6 +125,8 @@ class RenewableGroup:
         self._attempts = 0
         self._sockets: dict[int, str] = {}
         self._before: dict[int, str] = {}
+        self._named = 0
+        """How many groups torch had named when make() was done."""
         self._known: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
         """Groups that were there before the latest make."""
         self._of_make: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
@@ -190,6 +193,7 @@ class RenewableGroup:
                 # Without those of the store: NCCL's monitor says at length that it has lost it.
                 self._sockets = opened_since(self._before, but_to=self._port)
                 self._of_make = weakref.WeakSet(self._groups)
+                self._named = groups_so_far()
             self.made += 1
 
     def abandon(self) -> None:
@@ -255,7 +259,8 @@ class RenewableGroup:
             abort_nccl(groups)
         if is_first:
             cut(self._sockets)
-            if any(group not in self._of_make for group in groups):  # made by a body
+            # A body has made groups; one that it has destroyed may still be connected, if anything refers to it.
+            if groups_so_far() > self._named or any(group not in self._of_make for group in groups):
                 cut(accepted_since(self._before, but_at_port=self._port))
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from .agreement.records import Outcome
+from .agreement.records import AFTER_REVOCATION, Outcome
 from .agreement.rounds import failures_in_order
 from .agreement.text import one_line
 
@@ -47,7 +47,7 @@ def peers_failed(verdict: Verdict) -> str:
     first, outcome = ordered[0]
     who = _ranks(verdict, sorted(verdict.failures))
     which = f", rank {first} first" if len(ordered) > 1 else ""
-    what = one_line(outcome.type_name, outcome.message)
+    what = _told(outcome)
     places = {verdict.outside.get(rank) for rank in verdict.failures}
     where = f"scope {verdict.scope!r}"
     if verdict.outside:
@@ -69,8 +69,14 @@ def peers_failed(verdict: Verdict) -> str:
 
 def missing(verdict: Verdict) -> str:
     """Say which ranks did not come to the barrier, and where they are."""
-    who = f"{_ranks(verdict, verdict.missing)} of {verdict.world_size} missing" if verdict.missing else "no agreement"
-    head = f"{who}{_at(verdict)} after {verdict.timeout:.1f} s"
+    still = "" if verdict.timeout else "still "  # an entry that is refused at once has waited for nobody
+    who = "no agreement"
+    if verdict.missing:
+        who = f"{_ranks(verdict, verdict.missing)} of {verdict.world_size} {still}missing"
+    failures = failures_in_order(verdict.outcomes)
+    cause = f"; before that, rank {failures[0][0]} failed: {_told(failures[0][1])}" if failures else ""
+    since = f" after {verdict.timeout:.1f} s" if verdict.timeout else ""
+    head = f"{who}{_at(verdict)}{since}{cause}"
     lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
     lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}." if verdict.reason else f"  {MISSING_ADVICE}")
     if verdict.stage.startswith("entry"):
@@ -164,6 +170,10 @@ def out_of_patience(scope: str, seconds: float, places: Mapping[int, Place], ran
     return "\n".join(lines)
 
 
+def _told(outcome: Outcome) -> str:
+    return one_line(outcome.type_name, outcome.message)
+
+
 def _at(verdict: Verdict) -> str:
     return f" at the {verdict.stage.split()[0]} of scope {verdict.scope!r}"
 
@@ -214,7 +224,7 @@ def is_like_a_consequence(outcome: Outcome) -> bool:
     """Whether a failure reads like one that another rank's has caused."""
     # The assertion of a test is about itself, also where it speaks of timeouts.
     words = _CONSEQUENCE.search(f"{outcome.type_name}: {outcome.message}")
-    if "after the group was revoked" in outcome.phase:
+    if outcome.phase.endswith(AFTER_REVOCATION):
         return True
     return words is not None and outcome.type_name != "AssertionError"
 

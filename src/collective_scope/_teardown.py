@@ -20,6 +20,7 @@ from ._arrival import Arrival
 from ._cleanups import Cleanup, keep_for_ever
 from .agreement.records import Verdict
 from .agreement.rounds import late_path
+from .agreement.stacks import innermost
 from .exceptions import RevokedInterrupt
 
 
@@ -97,10 +98,12 @@ class Teardown(Arrival):
     def _note_body(self) -> None:
         """Tell the peers at once that the body failed, and log it, before anything else."""
         error = self._in_flight
-        if error is not None and self._failures.body is not error and not isinstance(error, RevokedInterrupt):
+        if isinstance(error, RevokedInterrupt):
+            error.args = error.args or (f"ended at {innermost(error.__traceback__)}",)
+        else:
             self._failures.body = error
-            if all(error is not each for _, each in self._failures.raised):
-                self._fail("body", error)
+        if error is not None and all(error is not each for _, each in self._failures.raised):
+            self._fail("body", error)
 
     def _synchronize(self) -> None:
         """Wait for the accelerator, so that the cleanups do not free what it works on."""

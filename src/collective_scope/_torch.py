@@ -134,6 +134,12 @@ def abort_nccl(groups: list[dist.ProcessGroup]) -> None:
             abort(group)
 
 
+def groups_so_far() -> int:
+    """Return how many groups torch has named in this process, those that are gone included."""
+    count: int = dist.distributed_c10d._world.group_count  # noqa: SLF001  (torch has no public name for it)
+    return count
+
+
 def forget_unfinished_groups() -> None:
     """Let torch name the next group like the first: it counts one that was not made to the end."""
     if not dist.is_initialized():

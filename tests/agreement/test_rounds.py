@@ -320,11 +320,11 @@ def test_judge_different_cleanups_are_told_by_rank(
 
 
 def test_still_refused_entry_has_the_ranks_of_the_one_before() -> None:
-    """Ranks are listed as in the refusal before; the scope is this one."""
+    """Ranks are listed as in the refusal before; the scope is this one, and nobody has waited for it."""
     earlier = judge({1: _at(stage="entry")}, _at(stage="entry"), 3, lost=[2], timeout=4.0)
     verdict = still_refused(earlier, _at("5 later", "entry"))
 
-    assert ("later", "entry", 4.0) == (verdict.scope, verdict.stage, verdict.timeout)
+    assert ("later", "entry", 0.0) == (verdict.scope, verdict.stage, verdict.timeout)
     assert ((1,), (0,), (2,)) == (verdict.arrived, verdict.missing, verdict.lost)
 
 

@@ -18,6 +18,10 @@ from .process import NOBODY, Place, Process
 from .text import MESSAGE_LIMIT, message_of, one_line, shorten, traceback_of, type_name
 
 
+AFTER_REVOCATION = ", after the group was revoked"
+"""What a phase ends with in which a rank failed because of that."""
+
+
 @attrs.frozen
 class Outcome:
     """
@@ -62,7 +66,8 @@ class Outcome:
         if self.ok:
             return "ok"
         verb = "skipped" if self.is_skip else "failed"
-        return f"{self.phase} {verb}: {one_line(self.type_name, self.message)}"
+        phase, after, _ = self.phase.partition(AFTER_REVOCATION)
+        return f"{phase} {verb}{after}: {one_line(self.type_name, self.message)}"
 
     @classmethod
     def of(cls, exc: BaseException, phase: str) -> Outcome:

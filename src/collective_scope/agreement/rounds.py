@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -22,6 +23,12 @@ import attrs
 from .process import Place
 from .records import OK, Listed, Outcome, Record, Verdict, all_well, everyone
 
+
+_ECHOES = ("PeerFailedError", "RevokedInterrupt")
+"""Errors of this library that a rank has because another one failed."""
+
+_HUNG_UP = re.compile(r"connection (was )?(closed|reset) by|broken pipe", re.IGNORECASE)
+"""The words of an error that a rank has because its peer has closed the connection."""
 
 ARRIVED = 1
 """A rank adds this to the count of a round when it arrives."""
@@ -210,7 +217,7 @@ def all_ok(mine: Record, world_size: int) -> Verdict:
 
 def still_refused(earlier: Verdict, mine: Record) -> Verdict:
     """Return the verdict of an entry to which those that *earlier* lacks have not come back."""
-    return attrs.evolve(earlier, scope=name_of(mine.scope), stage=mine.stage, names={}, cleanups={})
+    return attrs.evolve(earlier, scope=name_of(mine.scope), stage=mine.stage, names={}, cleanups={}, timeout=0.0)
 
 
 def agree(lists: Iterable[tuple[Listed, ...]]) -> tuple[str, ...]:
@@ -230,13 +237,14 @@ def failures_in_order(outcomes: Mapping[int, Outcome]) -> list[tuple[int, Outcom
     """
     Return the failures among *outcomes*, the one that was published first at the top.
 
-    A rank may fail with the error of a peer, which a scope within this one has told it, before the peer does
-    so itself: such failures come last.
+    A rank may fail because of a peer before that tells of its own failure: a scope within has told it, or the
+    peer has closed a connection on its way out. Such failures come last.
     """
 
     def key(item: tuple[int, Outcome]) -> tuple[bool, bool, int, int]:
         rank, outcome = item
-        return outcome.type_name.endswith("PeerFailedError"), not outcome.order, outcome.order, rank
+        is_echo = outcome.type_name.endswith(_ECHOES) or _HUNG_UP.search(outcome.message) is not None
+        return is_echo, not outcome.order, outcome.order, rank
 
     return sorted(((rank, outcome) for rank, outcome in outcomes.items() if not outcome.ok), key=key)
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 from .text import OURS, message_of, one_line, type_name
@@ -46,6 +46,13 @@ def where_is(thread: int, body: CodeType | None = None) -> str:
         if ident != thread and not name.startswith("collective_scope-") and any(map(_is_collective, stack)):
             text += f"  in thread {name}:\n{_show(stack, None)}"
     return text
+
+
+def innermost(tb: TracebackType | None) -> str:
+    """Return file, line and function of the innermost step of *tb* that is the user's; empty if there is none."""
+    steps = [step for step in traceback.walk_tb(tb) if not _is_ours(step[0])]
+    users = [step for step in steps if not _is_wrapper(step[0].f_code.co_filename)] or steps
+    return f"{users[-1][0].f_code.co_filename}:{users[-1][1]}, in {users[-1][0].f_code.co_name}" if users else ""
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from types import TracebackType
 
@@ -57,9 +58,13 @@ def traceback_of(exc: BaseException) -> str:
     return shorten(text, TRACEBACK_LIMIT)
 
 
+_BOILERPLATE = re.compile(r"^\[\S*/gloo/\S+\] | This is typically caused by a remote worker crashing.*")
+"""Gloo's place in its own source, and its guess, which is wrong where a group was revoked."""
+
+
 def one_line(kind: str, message: str) -> str:
     """Return ``kind: message`` on one line of readable length."""
-    text = " ".join(message.split())
+    text = _BOILERPLATE.sub("", " ".join(message.split()))
     return shorten(f"{kind}: {text}" if text else kind, 200)
 
 

@@ -253,6 +253,9 @@ class Span:
             if span.part.life == self.part.life and span.wait is not None and not span.wait.over:
                 span._tell(store, span.wait)  # noqa: SLF001  (so that the decision does not wait for it)
         self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
+        is_exit = wait.record.stage.startswith("exit")
+        if self.revocation is not None and is_exit and self.part.verdict(wait, store).missing:
+            self.control.tell(store, f"revoked {self.part.life} {self.path}")  # frees those that did not come
         if wait.reason or now > wait.deadline + GRACE_S:
             wait.replies.put(Decided(wait, self.part.verdict(wait, store)))
         if wait.reason:
