@@ -97,7 +97,7 @@ def make(owner: object, store: Any, rank: int, world_size: int, ranks: list[int]
     connect = functools.partial(_clone, weakref.ref(store))
     control = _control(store, connect)
     process, server = attrs.evolve(me(), serves=control.serves), _server(store, ranks, rank)
-    part = Part(connect, rank, world_size, control.heard, process, server)
+    part = Part(connect, rank, world_size, control.heard, control.items, process, server)
     control.groups[id(part)] = part
     global_ranks = () if ranks == list(range(world_size)) else tuple(ranks)
     barrier = Barrier(part, control, global_ranks)
@@ -148,7 +148,7 @@ def end(membership: Membership, owner: int = 0) -> None:
 
 def _release(control: Control, user: int) -> None:
     """End a control thread that no group needs any more."""
-    control.drop(user)
+    control.groups.pop(user, None)
     if not control.groups and control.pid == os.getpid():
         for key in [key for key, each in list(_controls.items()) if each is control]:
             _controls.pop(key, None)

@@ -18,8 +18,8 @@ from typing import Any, cast
 import attrs
 from torch.distributed import Store
 
-from .life import ROOT, join, leave
-from .peers import Peers
+from .life import join, leave
+from .peers import NEWS, Peers
 from .process import Place
 from .records import Record, Verdict
 from .rounds import (
@@ -38,8 +38,6 @@ from .store_thread import get, peek, remove, set_first, unbounded
 from .wait import Wait
 from .wire import ALL_OK, decode_verdict, encode_verdict
 
-
-NEWS = f"{ROOT}/news"
 
 RECORDS_S = 0.25
 """How long the rank that decides waits for the records of those that arrived a moment ago."""
