@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 import attrs
@@ -155,11 +155,7 @@ class Barrier:
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
     def _await(self, wait: Wait) -> Verdict:
-        reply: Any
-        try:
-            reply = self._taken(wait.replies.get(timeout=FIRST_LOOK_S), wait)
-        except Empty:
-            reply = None
+        reply = self._taken(next_reply(wait.replies, time.monotonic() + FIRST_LOOK_S), wait)
         if reply is None:
             self.control.wake()
         while reply is None:

@@ -32,7 +32,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import attrs
 from torch.distributed import Store
@@ -42,7 +42,7 @@ from .part import Part
 from .peers import NEWS
 from .process import NOBODY, Place, Process, me
 from .stacks import where_is
-from .store_thread import ABSENT, Failed, peek, start_thread, unbounded
+from .store_thread import ABSENT, Failed, next_reply, peek, start_thread, unbounded
 from .wait import GRACE_S
 from .watch import Span
 
@@ -143,10 +143,8 @@ class Control:
         done: SimpleQueue[dict[int, Place]] = SimpleQueue()
         self._surveys.append((span, done))
         self.wake()
-        try:
-            return done.get(timeout=timeout)
-        except Empty:  # the store does not answer
-            return {span.part.rank: self.place(span)}
+        places: dict[int, Place] | None = next_reply(done, time.monotonic() + timeout)
+        return {span.part.rank: self.place(span)} if places is None else places  # the store may not answer
 
     def heard(self) -> None:
         """Note that the store has answered."""
