@@ -52,8 +52,8 @@ class Barrier:
     gone: RuntimeError | None = attrs.field(default=None, init=False)
     _missed: Record | None = attrs.field(default=None, init=False)
     """The record of this rank at the first round that was not complete, after one that was."""
-    _refused: Verdict | None = attrs.field(default=None, init=False)
-    """The verdict of the latest round, if that was an entry to which not all have come."""
+    _refused: tuple[Verdict, Record] | None = attrs.field(default=None, init=False)
+    """The verdict of the latest round, if that was an entry to which not all have come, and `_missed`."""
     _thread: StoreThread | None = attrs.field(default=None, init=False)
 
     @property
@@ -99,9 +99,7 @@ class Barrier:
         self._thaw(time.monotonic())
         now = time.monotonic()
         timeout = timeout if record.outcome.ok else min(timeout, failure_timeout)
-        earlier = None
-        if self._refused is not None and self._missed is not None and record.stage == "entry":
-            earlier = self._refused, self._missed
+        earlier = self._refused if record.stage == "entry" else None
         thread = self._get_thread()
         wait = Wait(record, now, now + timeout, failure_timeout, earlier, thread.replies)
         try:
@@ -151,7 +149,7 @@ class Barrier:
             self._missed = self._missed or record
             # One that ended early was not waited for, and at the next entry other ranks may be outside.
             is_waited_for = verdict.stage == "entry" and not verdict.reason and not verdict.outside
-            self._refused = verdict if is_waited_for else None
+            self._refused = (verdict, self._missed) if is_waited_for else None
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
     def _await(self, wait: Wait) -> Verdict:
