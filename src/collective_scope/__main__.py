@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from . import CollectiveScopeError, __version__, _groups, collective_scope
 from ._torch import default_group, store_of
-from .agreement.process import serves_store
+from .agreement.sockets import serves_store
 from .agreement.store_thread import base_of
 
 

@@ -17,8 +17,9 @@ from ._torch import default_group, store_of
 from .agreement.barrier import Barrier
 from .agreement.control import Control
 from .agreement.part import Part
-from .agreement.process import me, serves_store
+from .agreement.process import me
 from .agreement.revocation import Renewal
+from .agreement.sockets import serves_store
 from .agreement.store_thread import base_of, knock
 
 
