@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import time
@@ -18,6 +17,7 @@ from ._membership import Membership
 from ._registry import Registry
 from .agreement.barrier import Barrier, verdict_alone
 from .agreement.records import Listed, Record, Verdict
+from .agreement.revocation import Renewal
 from .agreement.text import message_of, shorten, type_name
 from .agreement.wait import Wait
 from .agreement.watch import Span
@@ -52,7 +52,6 @@ class Arrival(Registry):
     _given: tuple[Callable[[], object], ...]
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _membership: Membership | None = attrs.field(default=None, init=False)
-    _barrier: Barrier | None = attrs.field(default=None, init=False)
     _path: str = attrs.field(default="", init=False)
     _inner: int = attrs.field(default=0, init=False)
     """How many scopes on the same group have been entered directly within this one."""
@@ -63,10 +62,22 @@ class Arrival(Registry):
     _killer: Killer | None = attrs.field(default=None, init=False)
     _stage: str = attrs.field(default="exit", init=False)
     """Its name."""
-    _arrived_at: str = attrs.field(default="", init=False)
-    """The stage that this rank came to last."""
     _wait: Wait | None = attrs.field(default=None, init=False)
-    """Its wait there."""
+    """Its latest wait at a barrier."""
+
+    @property
+    def _barrier(self) -> Barrier | None:
+        """The barrier of this rank; None without a group, or without peers."""
+        return None if self._membership is None else self._membership.barrier
+
+    @property
+    def _renewal(self) -> Renewal | None:
+        """The group itself, if it can be revoked and made again."""
+        return None if self._membership is None else self._membership.renewal
+
+    def _arrived_at(self, stage: str) -> bool:
+        """Whether this rank's latest wait is, or was, at that *stage*."""
+        return self._wait is not None and self._wait.record.stage == stage
 
     def _arrive(self, stage: str) -> Verdict:
         is_entry, options, barrier = stage == "entry", self._options, self._barrier
@@ -80,12 +91,10 @@ class Arrival(Registry):
         timeout = min(options.timeout, options.failure_timeout) if is_entry else options.timeout
         if self._killer is not None:
             timeout = min(timeout, max(0.0, self._killer.at - time.monotonic()))
-        started = functools.partial(self._note_arrival, stage)
-        return barrier.arrive(record, timeout, options.failure_timeout, started)
+        return barrier.arrive(record, timeout, options.failure_timeout, self._note_arrival)
 
-    def _note_arrival(self, stage: str, wait: Wait) -> None:
-        self._arrived_at, self._wait = stage, wait
-        span = self._span
+    def _note_arrival(self, wait: Wait) -> None:
+        self._wait, stage, span = wait, wait.record.stage, self._span
         if span is not None:
             span.stage, span.wait = stage, wait
             span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")

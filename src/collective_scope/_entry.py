@@ -60,7 +60,9 @@ class Entry(Teardown):
             barrier.join()
             if self._options.meet_at_entry or not barrier.in_step or self._is_renewal_due():
                 self._meet_at_entry(barrier.rank, "entry")
-        renewal = self._renew() if self._is_renewal_due() else None
+        renewal = self._renewal if self._is_renewal_due() else None
+        if renewal is not None:
+            self._renew(renewal)
         if self._span is not None:
             self._span.stage = "exit"
             self._span.enter("in the body of")
@@ -76,7 +78,6 @@ class Entry(Teardown):
     def _find(self) -> None:
         if self._membership is None and (found := _groups.find(self._group)) is not None:
             self._membership, self._kept = found
-            self._barrier = self._membership.barrier
 
     def _look_around(self) -> None:
         if self._state == "in the body" and self._membership is None and self._group is None:
@@ -86,7 +87,7 @@ class Entry(Teardown):
         """Find the path of this scope among those on its group."""
         around = membership.open[-1] if membership.open else None
         if around is not None and around._thread != self._thread:  # noqa: SLF001  (a scope too)
-            self._membership = self._barrier = None
+            self._membership = None
             msg = (
                 f"scope {self.name!r} cannot be entered: another thread of this process is in scope {around.name!r}"
                 " of the same group; a rank is one thread at a time"
@@ -115,14 +116,14 @@ class Entry(Teardown):
                 Speaker(self.name, barrier.rank),
                 self._make_revocation(),
                 self._path,
+                history=options.history,
             )
-            span.history = options.history
             self._span = barrier.control.spans[id(span)] = span
 
     def _make_revocation(self) -> Revocation | None:
-        if self._membership is None or self._membership.renewal is None:
+        if self._renewal is None:
             return None
-        return Revocation(self._membership.renewal, self._thread, RevokedInterrupt, self._give_up)
+        return Revocation(self._renewal, self._thread, RevokedInterrupt, self._give_up)
 
     def _meet_at_entry(self, rank: int, stage: str) -> None:
         """Wait until all ranks have come to the entry; refuse the body on all ranks if one has not, or has failed."""
@@ -137,35 +138,30 @@ class Entry(Teardown):
                 del refusal  # this frame is in its traceback: no cycle
 
     def _is_renewal_due(self) -> bool:
-        return self._membership is not None and self._membership.renewal is not None and self._membership.renewal.is_due
+        return self._renewal is not None and self._renewal.is_due
 
-    def _renew(self) -> Renewal:
+    def _renew(self, renewal: Renewal) -> None:
         """Make the group, on all ranks; refuse the body on all if one of them cannot."""
-        membership = self._membership
-        assert membership is not None  # noqa: S101  (for the type checker)
-        renewal = membership.renewal
-        assert renewal is not None  # noqa: S101  (for the type checker)
+        barrier = self._barrier
         self._stage = "entry 2"
         if self._span is not None:
             self._span.stage = "entry 2"
-        life = uuid4().hex if membership.barrier is None else membership.barrier.part.life
+        life = uuid4().hex if barrier is None else barrier.part.life
         self._guard("making the group", lambda: renewal.renew(life))
         renewal.is_due = bool(self._failures.raised)
-        if membership.barrier is not None:
-            self._meet_at_entry(membership.barrier.rank, "entry 2")
+        if barrier is not None:
+            self._meet_at_entry(barrier.rank, "entry 2")
         elif self._failures.first is not None:
             raise self._failures.first
         self._stage = "exit"
-        return renewal
 
     def _refuse(self, refusal: BaseException) -> None:
         """Leave a scope whose body does not start: clean up what it was given, and attach what that raises."""
         if self._state in ("new", "in the body"):
             self._in_flight = refusal
             self._plan()
-            if (
-                not self._path or self._arrived_at == "entry"
-            ):  # otherwise the peers are in their bodies, and wait for it
+            # Otherwise the peers are in their bodies, and wait for it.
+            if not self._path or self._arrived_at("entry"):
                 self._surfaced = refusal
                 self._steps = [self._release, self._end, self._attach, self._run_rest]
             self._state = "in the teardown"
@@ -192,8 +188,8 @@ class Entry(Teardown):
             self._membership.open.pop()
         if self._span is not None:
             self._disappear(self._span)
-        if self._membership is not None and self._membership.renewal is not None:
-            self._let_go(self._membership.renewal)
+        if self._renewal is not None:
+            self._let_go(self._renewal)
         self._state = "left"
 
     def _let_go(self, renewal: Renewal) -> None:

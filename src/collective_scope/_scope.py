@@ -177,10 +177,9 @@ class CollectiveScope(Entry):
 
         Of a `RenewableGroup`, what its ``make`` returned, or else the default group of the moment.
         """
-        renewal = None if self._membership is None else self._membership.renewal
-        if renewal is None:
+        if self._renewal is None:
             return self._kept if self._group is None or callable(self._group) else self._group
-        return renewal.value if renewal.value is not None else _torch.default_group()
+        return self._renewal.value if self._renewal.value is not None else _torch.default_group()
 
     def _begin_exit(self, body_error: BaseException | None) -> None:
         if self._state == "in the body":

@@ -162,7 +162,7 @@ class Teardown(Arrival):
 
     def _meet(self) -> None:
         """Arrive at the next barrier; note which collective cleanups may be run after it."""
-        if self._arrived_at != self._stage:
+        if not self._arrived_at(self._stage):
             self.verdict = None
             self._take_verdict(self._arrive(self._stage))
         elif self.verdict is None and self._wait is not None and isinstance(self._wait.reply, Verdict):
@@ -217,7 +217,7 @@ class Teardown(Arrival):
         self._cleanups.clear()
         self._after.clear()
         self._failures.clear()
-        self._told = self._parent = self._membership = self._barrier = self._kept = self._in_flight = None
+        self._told = self._parent = self._membership = self._kept = self._in_flight = None
         self._span = self._wait = self._chosen = self._mismatch = None
         self._given = ()
 
