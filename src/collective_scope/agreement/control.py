@@ -112,7 +112,7 @@ class Control:
         self._late: dict[int, float] = {}
         self._surveys: deque[tuple[Span, SimpleQueue[dict[int, Place]]]] = deque()
         self._is_closing = False
-        self._beats, self._next_beat = 0, 0.0
+        self._next_beat = 0.0
         self._processes: set[Process] = set()
         """The processes of all groups, if this one serves the store."""
         self._thread: threading.Thread | None = None
@@ -176,7 +176,7 @@ class Control:
             self._kept = None
 
     def _is_idle(self) -> bool:
-        return all(span.wait is None or span.wait.over for span in list(self.spans.values()))
+        return all(span.is_idle for span in list(self.spans.values()))
 
     def _pause(self) -> float:
         spans = list(self.spans.values())
@@ -197,8 +197,8 @@ class Control:
             span, done = self._surveys.popleft()
             done.put(span.survey(store, functools.partial(self._read_news, store)))
         if now >= self._next_beat:
-            self._beats, self._next_beat = self._beats + 1, now + BEAT_S
-            store.set(f"{ROOT}/beat/{me().key}", str(self._beats))
+            self._next_beat = now + BEAT_S
+            store.set(f"{ROOT}/beat/{me().key}", str(now))
         self._remove_news(store, now - NEWS_S)
 
     def _read_news(self, store: Store) -> dict[str, set[int]]:
@@ -231,8 +231,7 @@ class Control:
         return fresh
 
     def _parts(self, life: str = "") -> list[Part]:
-        protocols = [each for each in list(self.groups.values()) if each is not None]
-        return [each for each in protocols if each.life == life or not life]
+        return [each for each in list(self.groups.values()) if each is not None and life in ("", each.life)]
 
     def _remove_news(self, store: Store, until: float) -> None:
         """Remove what this process wrote until then."""
