@@ -14,7 +14,7 @@ from .control import THAW_S, Control
 from .part import Part
 from .records import Outcome, Record, Verdict
 from .rounds import all_ok, judge
-from .store_thread import Failed, Job, StoreThread, next_reply
+from .store_thread import StoreThread, next_reply
 from .text import one_line, type_name
 from .wait import FIRST_LOOK_S, GRACE_S, Decided, Wait
 
@@ -69,12 +69,12 @@ class Barrier:
     def join(self) -> None:
         """Tell the peers, without waiting for the store, which process this rank is."""
         if self._thread is None and self.gone is None:
-            self._submit(_nothing)  # which connects, and joins
+            self._get_thread().submit(_nothing)  # which connects, and joins
 
     def publish(self, record: Record) -> None:
         """Tell the peers at once, without waiting for the store, that this rank failed. It arrives later."""
         if self.gone is None:
-            self._submit(functools.partial(self.part.publish, attrs.evolve(record, arrived=False)))
+            self._get_thread().submit(functools.partial(self.part.publish, attrs.evolve(record, arrived=False)))
 
     def arrive(
         self, record: Record, timeout: float, failure_timeout: float, started: Callable[[Wait], object]
@@ -138,9 +138,6 @@ class Barrier:
             self.part.owner = self._thread.ident
         return self._thread
 
-    def _submit(self, job: Job) -> None:
-        self._get_thread().submit(job)
-
     def _note(self, verdict: Verdict, record: Record) -> Verdict:
         self.in_step = verdict.complete
         if verdict.complete:
@@ -165,9 +162,8 @@ class Barrier:
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
             reply = self._taken(next_reply(wait.replies, limit), wait)
         wait.reply, wait.over = reply, True
-        if not isinstance(reply, Failed):
-            verdict: Verdict = reply
-            return verdict
+        if isinstance(reply, Verdict):  # otherwise it is `Failed`
+            return reply
         self._thread = None
         if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
             raise reply.error
