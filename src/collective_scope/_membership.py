@@ -67,15 +67,10 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def outside() -> Membership:
-    """Return the membership of a rank that has no peers."""
-    return Membership()
-
-
 def of_store(owner: object, store: Any, rank: int, world_size: int, ranks: list[int] | None = None) -> Membership:
     """Return the membership that belongs to *owner*, the group; it ends with that."""
     if world_size == 1 and not isinstance(owner, Renewal):
-        return outside()
+        return Membership()
     membership = memberships.get(id(owner))
     if membership is None:
         try:
@@ -83,7 +78,7 @@ def of_store(owner: object, store: Any, rank: int, world_size: int, ranks: list[
         except TypeError as error:
             msg = f"group must be an object that can be weakly referenced (got {owner!r})"
             raise TypeError(msg) from error
-        membership = outside() if world_size == 1 else make(owner, store, rank, world_size, ranks)
+        membership = Membership() if world_size == 1 else make(owner, store, rank, world_size, ranks)
         membership.renewal = owner if isinstance(owner, Renewal) else None
         memberships[id(owner)] = membership
         weakref.finalize(owner, end, membership, id(owner))
