@@ -196,9 +196,8 @@ class Teardown(Arrival):
     def _surface(self) -> None:
         """Run what is left, and choose what this rank raises."""
         self._is_past_barrier = True
-        if self._cleanups or self._after:
-            self._run_rest()
-            self._run_after()
+        self._run_rest()
+        self._run_after()
         if self._failures.raised or self._failures.skipped or self.verdict is None or not self.verdict.ok:
             rank = 0 if self._barrier is None else self._barrier.rank
             self._surfaced = self._failures.surface(self.name, self.verdict, rank)
