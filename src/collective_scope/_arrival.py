@@ -1,4 +1,4 @@
-"""How a scope meets its peers: what went wrong is told, and the rank arrives at a barrier."""
+"""How a scope meets its peers: it finds its group, tells what went wrong, and arrives at a barrier."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import attrs
 
-from . import _notes, _torch
+from . import _groups, _notes, _torch
 from ._cleanups import Cleanup
-from ._kill import Killer
+from ._kill import Killer, end
 from ._membership import Membership
 from ._registry import Registry
+from ._speaker import Speaker
 from .agreement.barrier import Barrier, verdict_alone
 from .agreement.records import Listed, Record, Verdict
-from .agreement.revocation import Renewal
+from .agreement.revocation import Renewal, Revocation
 from .agreement.text import message_of, shorten, type_name
 from .agreement.wait import Wait
 from .agreement.watch import Span
+from .exceptions import RevokedInterrupt
 
 
 __tracebackhide__ = True
@@ -52,6 +55,12 @@ class Arrival(Registry):
     _given: tuple[Callable[[], object], ...]
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _membership: Membership | None = attrs.field(default=None, init=False)
+    _kept: Any = attrs.field(default=None, init=False)
+    """What has to stay alive while that is used."""
+    _body: CodeType | None = None
+    """The code that the body is; that of the caller of ``__enter__`` if not given."""
+    _pid: int = attrs.field(default=0, init=False)
+    _thread: int = attrs.field(default=0, init=False)
     _path: str = attrs.field(default="", init=False)
     _inner: int = attrs.field(default=0, init=False)
     """How many scopes on the same group have been entered directly within this one."""
@@ -157,8 +166,28 @@ class Arrival(Registry):
 
     def _find(self) -> None:
         """Look the group up, unless that has been found."""
-        raise NotImplementedError
+        if self._membership is None and (found := _groups.find(self._group)) is not None:
+            self._membership, self._kept = found
 
     def _appear(self) -> None:
         """Let the control thread see this scope."""
-        raise NotImplementedError
+        barrier, renewal, options = self._barrier, self._renewal, self._options
+        if barrier is not None and self._span is None:
+            span = Span(
+                barrier.control,
+                barrier.part,
+                self.name,
+                self._thread,
+                self._body,
+                options.warn_after,
+                options.heartbeat_timeout,
+                Speaker(self.name, barrier.rank),
+                None if renewal is None else Revocation(renewal, self._thread, RevokedInterrupt, self._give_up),
+                self._path,
+                history=options.history,
+            )
+            self._span = barrier.control.spans[id(span)] = span
+
+    def _give_up(self, reason: str) -> None:
+        """End this process: what the group has of it cannot be taken back."""
+        end(_notes.cannot_be_freed(self.name, reason))

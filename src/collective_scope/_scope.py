@@ -16,8 +16,9 @@ import attrs
 
 from . import _notes, _torch
 from ._cleanups import describe
-from ._entry import Entry, current
+from ._entry import Entry
 from ._registry import kind_of_function
+from ._teardown import current
 from .agreement.rounds import cap
 
 
