@@ -87,9 +87,8 @@ class Teardown(Arrival):
 
     def _plan(self) -> None:
         """List the steps, the first one last; those that have nothing to do are left out."""
-        steps: list[Callable[[], object]] = [self._release, self._end, self._surface, self._leave_together]
-        if self._is_late or self._group is None or self._kept is not None:
-            steps.append(self._look_at_group)
+        steps: list[Callable[[], object]] = [self._release, self._end, self._surface]
+        steps += [self._leave_together, self._look_at_group]
         if self._options.lockstep_gc:
             steps.append(self._collect)
         if self._options.synchronize and _torch.has_accelerator():
