@@ -114,7 +114,7 @@ def _control(store: Store, connect: Callable[[], Store]) -> Control:
     """Return the control thread over the store that *store* is a view of; all groups share it."""
     base: Any = base_of(store)
     is_tcp = isinstance(base, dist.TCPStore)
-    key = (os.getpid(), base.host, base.port) if is_tcp else (os.getpid(), id(base))
+    key = (base.host, base.port) if is_tcp else (id(base),)
     with _making:
         control = _controls.get(key)
         if control is None or control.broken is not None:
