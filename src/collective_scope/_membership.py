@@ -92,7 +92,8 @@ def make(owner: object, store: Any, rank: int, world_size: int, ranks: list[int]
     ranks = ranks or list(range(world_size))
     connect = functools.partial(_clone, weakref.ref(store))
     control = _control(store, connect)
-    process, server = attrs.evolve(me(), serves=control.serves), _server(store, ranks, rank)
+    process = attrs.evolve(me(), serves=control.serves)
+    server = rank if control.serves else _guess_server(store, ranks, rank)
     part = Part(connect, rank, world_size, control.heard, control.items, process, server)
     control.groups[id(part)] = part
     global_ranks = () if ranks == list(range(world_size)) else tuple(ranks)
@@ -168,13 +169,10 @@ def _clone(ref: weakref.ref[Store]) -> Store:
     return cast("Store", store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
-def _server(store: Store, ranks: list[int], rank: int) -> int | None:
-    """Return the rank, within the group, whose process serves the store; None if none does. A guess, except for *rank*."""
-    base = base_of(store)
-    if not isinstance(base, dist.TCPStore):
+def _guess_server(store: Store, ranks: list[int], rank: int) -> int | None:
+    """Return the rank, within the group, whose process serves the store, if not *rank*; None if none does. A guess."""
+    if not isinstance(base_of(store), dist.TCPStore):
         return None
-    if serves_store(base.port):
-        return rank
     # torchrun serves the store in its agent and says so; otherwise it is global rank 0
     # (torch/distributed/rendezvous.py), unless it was made by hand.
     is_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
