@@ -192,7 +192,8 @@ class Rank:
     def __attrs_post_init__(self) -> None:
         self.control = Control(self.store.clone, self.store if self.serves else None, serves=self.serves)
         process = attrs.evolve(me(), serves=self.serves)
-        part = Part(self.store.clone, self.rank, self.world_size, self.control.heard, process, self.server)
+        heard, items = self.control.heard, self.control.items
+        part = Part(self.store.clone, self.rank, self.world_size, heard, items, process, self.server)
         self.control.groups[id(part)] = part
         self.barrier = Barrier(part, self.control)
 

@@ -274,22 +274,26 @@ def test_group_host_of_a_tcp_store_elsewhere_is_taken_for_global_rank_0_or_the_a
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     if variable is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", variable)
-    monkeypatch.setattr(_membership, "serves_store", lambda _: False)
     store = dist.PrefixStore("a", dist.PrefixStore("b", dist.TCPStore("127.0.0.1", 0, 1, is_master=True)))
 
-    assert server == _membership._server(store, ranks, 1)  # noqa: SLF001  (looked into on purpose)
+    assert server == _membership._guess_server(store, ranks, 1)  # noqa: SLF001  (looked into on purpose)
 
 
 def test_group_host_of_a_tcp_store_knows_that_it_is() -> None:
     """The rank in whose process the store lives needs no guess, whichever it is."""
     store = dist.PrefixStore("a", dist.TCPStore("127.0.0.1", 0, 1, is_master=True))
 
-    assert 1 == _membership._server(store, [0, 1], 1)  # noqa: SLF001  (looked into on purpose)
+    membership = _membership.make(object(), store, 1, 2, None)
+
+    try:
+        assert 1 == membership.barrier.part.server
+    finally:
+        _membership.end(membership)
 
 
 def test_group_store_that_no_rank_serves_has_no_host(store: dist.Store) -> None:
     """Where no process serves the store, no rank needs to stay."""
-    assert None is _membership._server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001  (looked into on purpose)
+    assert None is _membership._guess_server(dist.PrefixStore("a", store), [0, 1], 0)  # noqa: SLF001  (looked into on purpose)
 
 
 def test_store_whose_server_is_gone_is_not_asked_for_minutes() -> None:

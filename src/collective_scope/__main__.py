@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 
 from . import CollectiveScopeError, __version__, _groups, collective_scope
-from ._torch import default_group, store_of
-from .agreement.process import serves_store
 from .agreement.store_thread import base_of
 
 
@@ -64,19 +62,15 @@ def main(arguments: list[str]) -> int:
 
 def check() -> bool:
     """Print what is found, on rank 0; return whether all is well, on every rank."""
-    world = default_group()
-    found = _groups.find(world)
-    assert world is not None  # noqa: S101  (for the type checker)
+    found = _groups.find(None)
     assert found is not None  # noqa: S101  (for the type checker)
     assert found[0].barrier is not None  # noqa: S101  (for the type checker)
-    store = store_of(world)
-    assert store is not None  # noqa: S101  (for the type checker)
-    control = found[0].barrier.control
+    assert found[0].store is not None  # noqa: S101  (for the type checker)
+    control, store = found[0].barrier.control, found[0].store
     barrier, scope = median(dist.barrier), median(lambda: leave("check"))
     trip = median(lambda: store.add("collective_scope check", 0))
     base: Any = base_of(store)
-    is_host = isinstance(base, dist.TCPStore) and serves_store(base.port)
-    facts = (socket.gethostname(), trip, barrier, scope, is_host, control.broken and repr(control.broken))
+    facts = (socket.gethostname(), trip, barrier, scope, control.serves, control.broken and repr(control.broken))
     everyone = exchange(store, facts)
     hosts = sorted({each[0] for each in everyone})
     print_once(f"ranks        {len(everyone)} on {len(hosts)} host{'s' * (len(hosts) > 1)}: {', '.join(hosts)}")

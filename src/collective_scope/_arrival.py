@@ -1,27 +1,29 @@
-"""How a scope meets its peers: what went wrong is told, and the rank arrives at a barrier."""
+"""How a scope meets its peers: it finds its group, tells what went wrong, and arrives at a barrier."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import time
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import attrs
 
-from . import _notes, _torch
+from . import _groups, _notes, _torch
 from ._cleanups import Cleanup
-from ._kill import Killer
+from ._kill import Killer, end
 from ._membership import Membership
 from ._registry import Registry
+from ._speaker import Speaker
 from .agreement.barrier import Barrier, verdict_alone
 from .agreement.records import AFTER_REVOCATION, Listed, Record, Verdict
+from .agreement.revocation import Renewal, Revocation
 from .agreement.text import message_of, shorten, type_name
 from .agreement.wait import Wait
 from .agreement.watch import Span
-from .exceptions import CollectiveScopeError
+from .exceptions import RevokedInterrupt
 
 
 __tracebackhide__ = True
@@ -53,7 +55,12 @@ class Arrival(Registry):
     _given: tuple[Callable[[], object], ...]
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _membership: Membership | None = attrs.field(default=None, init=False)
-    _barrier: Barrier | None = attrs.field(default=None, init=False)
+    _kept: Any = attrs.field(default=None, init=False)
+    """What has to stay alive while that is used."""
+    _body: CodeType | None = None
+    """The code that the body is; that of the caller of ``__enter__`` if not given."""
+    _pid: int = attrs.field(default=0, init=False)
+    _thread: int = attrs.field(default=0, init=False)
     _path: str = attrs.field(default="", init=False)
     _inner: int = attrs.field(default=0, init=False)
     """How many scopes on the same group have been entered directly within this one."""
@@ -64,10 +71,22 @@ class Arrival(Registry):
     _killer: Killer | None = attrs.field(default=None, init=False)
     _stage: str = attrs.field(default="exit", init=False)
     """Its name."""
-    _arrived_at: str = attrs.field(default="", init=False)
-    """The stage that this rank came to last."""
     _wait: Wait | None = attrs.field(default=None, init=False)
-    """Its wait there."""
+    """Its latest wait at a barrier."""
+
+    @property
+    def _barrier(self) -> Barrier | None:
+        """The barrier of this rank; None without a group, or without peers."""
+        return None if self._membership is None else self._membership.barrier
+
+    @property
+    def _renewal(self) -> Renewal | None:
+        """The group itself, if it can be revoked and made again."""
+        return None if self._membership is None else self._membership.renewal
+
+    def _arrived_at(self, stage: str) -> bool:
+        """Whether this rank's latest wait is, or was, at that *stage*."""
+        return self._wait is not None and self._wait.record.stage == stage
 
     def _arrive(self, stage: str) -> Verdict:
         is_entry, options, barrier = stage == "entry", self._options, self._barrier
@@ -81,12 +100,10 @@ class Arrival(Registry):
         timeout = min(options.timeout, options.failure_timeout) if is_entry else options.timeout
         if self._killer is not None:
             timeout = min(timeout, max(0.0, self._killer.at - time.monotonic()))
-        started = functools.partial(self._note_arrival, stage)
-        return barrier.arrive(record, timeout, options.failure_timeout, started)
+        return barrier.arrive(record, timeout, options.failure_timeout, self._note_arrival)
 
-    def _note_arrival(self, stage: str, wait: Wait) -> None:
-        self._arrived_at, self._wait = stage, wait
-        span = self._span
+    def _note_arrival(self, wait: Wait) -> None:
+        self._wait, stage, span = wait, wait.record.stage, self._span
         if span is not None:
             span.stage, span.wait = stage, wait
             span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
@@ -139,7 +156,9 @@ class Arrival(Registry):
     def _note_death(self, error: BaseException) -> str:
         """Return since which scope the group is dead, if *error* comes of that and the log has told it in full."""
         membership = self._membership
-        is_end = not isinstance(error, CollectiveScopeError) and _torch.is_end_of_gloo(message_of(error))
+        # By name: what a test has raised comes from the plugin as another class of that name.
+        is_runtime_error = any(each.__name__ == "RuntimeError" for each in type(error).__mro__)
+        is_end = is_runtime_error and _torch.is_end_of_gloo(message_of(error))
         if membership is None or membership.renewal is not None or not is_end:
             return ""
         since, membership.dead_since = membership.dead_since, membership.dead_since or self.name
@@ -149,8 +168,28 @@ class Arrival(Registry):
 
     def _find(self) -> None:
         """Look the group up, unless that has been found."""
-        raise NotImplementedError
+        if self._membership is None and (found := _groups.find(self._group)) is not None:
+            self._membership, self._kept = found
 
     def _appear(self) -> None:
         """Let the control thread see this scope."""
-        raise NotImplementedError
+        barrier, renewal, options = self._barrier, self._renewal, self._options
+        if barrier is not None and self._span is None:
+            span = Span(
+                barrier.control,
+                barrier.part,
+                self.name,
+                self._thread,
+                self._body,
+                options.warn_after,
+                options.heartbeat_timeout,
+                Speaker(self.name, barrier.rank),
+                None if renewal is None else Revocation(renewal, self._thread, RevokedInterrupt, self._give_up),
+                self._path,
+                history=options.history,
+            )
+            self._span = barrier.control.spans[id(span)] = span
+
+    def _give_up(self, reason: str) -> None:
+        """End this process: what the group has of it cannot be taken back."""
+        end(_notes.cannot_be_freed(self.name, reason))

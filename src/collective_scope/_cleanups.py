@@ -69,10 +69,6 @@ class CleanupStack:
     def push(self, cleanup: Cleanup) -> None:
         self._waiting.append(cleanup)
 
-    def push_under(self, cleanup: Cleanup) -> None:
-        """Register *cleanup* as if it had been the first."""
-        self._waiting.insert(0, cleanup)
-
     def top(self) -> Cleanup | None:
         """Return the next cleanup to run."""
         # Not removed before it has begun: an interrupt between two lines must not lose it.

@@ -5,43 +5,29 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
-from contextvars import ContextVar
 from types import CodeType
-from typing import Any
 from uuid import uuid4
 
 import attrs
 
-from . import _groups, _notes, _report, _torch
+from . import _notes, _report, _torch
 from ._failures import errors_of
-from ._kill import Killer, end
+from ._kill import Killer
 from ._membership import Membership
-from ._speaker import Speaker
-from ._teardown import Teardown
+from ._teardown import Teardown, current
 from .agreement.process import Place, me
 from .agreement.records import Outcome
-from .agreement.revocation import Renewal, Revocation
+from .agreement.revocation import Renewal
 from .agreement.rounds import path_of
-from .agreement.watch import Span
-from .exceptions import RevokedInterrupt
 
 
 __tracebackhide__ = True
 """Where pytest leaves frames out: between the line with the scope and the line that failed, these tell nothing."""
 
-current: ContextVar[Any] = ContextVar("collective_scope", default=None)
-"""The innermost scope whose body is running."""
-
 
 @attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
 class Entry(Teardown):
     """The part of a scope that enters it."""
-
-    _body: CodeType | None = None
-    """The code that the body is; that of the caller of ``__enter__`` if not given."""
-    _pid: int = attrs.field(default=0, init=False)
-    _thread: int = attrs.field(default=0, init=False)
 
     def _enter(self, caller: CodeType) -> None:
         self._body = self._body or caller
@@ -60,7 +46,9 @@ class Entry(Teardown):
             barrier.join()
             if self._options.meet_at_entry or not barrier.in_step or self._is_renewal_due():
                 self._meet_at_entry(barrier.rank, "entry")
-        renewal = self._renew() if self._is_renewal_due() else None
+        renewal = self._renewal if self._is_renewal_due() else None
+        if renewal is not None:
+            self._renew(renewal)
         if self._span is not None:
             self._span.stage = "exit"
             self._span.enter("in the body of")
@@ -73,11 +61,6 @@ class Entry(Teardown):
             self._span.revocation.enter_body()
         self._state = "in the body"
 
-    def _find(self) -> None:
-        if self._membership is None and (found := _groups.find(self._group)) is not None:
-            self._membership, self._kept = found
-            self._barrier = self._membership.barrier
-
     def _look_around(self) -> None:
         if self._state == "in the body" and self._membership is None and self._group is None:
             self._find()
@@ -86,7 +69,7 @@ class Entry(Teardown):
         """Find the path of this scope among those on its group."""
         around = membership.open[-1] if membership.open else None
         if around is not None and around._thread != self._thread:  # noqa: SLF001  (a scope too)
-            self._membership = self._barrier = None
+            self._membership = None
             msg = (
                 f"scope {self.name!r} cannot be entered: another thread of this process is in scope {around.name!r}"
                 " of the same group; a rank is one thread at a time"
@@ -101,29 +84,6 @@ class Entry(Teardown):
             around._inner += 1  # noqa: SLF001  (a scope too)
         membership.open.append(self)
 
-    def _appear(self) -> None:
-        barrier, options = self._barrier, self._options
-        if barrier is not None and self._span is None:
-            span = Span(
-                barrier.control,
-                barrier.part,
-                self.name,
-                self._thread,
-                self._body,
-                options.warn_after,
-                options.heartbeat_timeout,
-                Speaker(self.name, barrier.rank),
-                self._make_revocation(),
-                self._path,
-            )
-            span.history = options.history
-            self._span = barrier.control.spans[id(span)] = span
-
-    def _make_revocation(self) -> Revocation | None:
-        if self._membership is None or self._membership.renewal is None:
-            return None
-        return Revocation(self._membership.renewal, self._thread, RevokedInterrupt, self._give_up)
-
     def _meet_at_entry(self, rank: int, stage: str) -> None:
         """Wait until all ranks have come to the entry; refuse the body on all ranks if one has not, or has failed."""
         self.verdict = verdict = self._arrive(stage)
@@ -137,35 +97,30 @@ class Entry(Teardown):
                 del refusal  # this frame is in its traceback: no cycle
 
     def _is_renewal_due(self) -> bool:
-        return self._membership is not None and self._membership.renewal is not None and self._membership.renewal.is_due
+        return self._renewal is not None and self._renewal.is_due
 
-    def _renew(self) -> Renewal:
+    def _renew(self, renewal: Renewal) -> None:
         """Make the group, on all ranks; refuse the body on all if one of them cannot."""
-        membership = self._membership
-        assert membership is not None  # noqa: S101  (for the type checker)
-        renewal = membership.renewal
-        assert renewal is not None  # noqa: S101  (for the type checker)
+        barrier = self._barrier
         self._stage = "entry 2"
         if self._span is not None:
             self._span.stage = "entry 2"
-        life = uuid4().hex if membership.barrier is None else membership.barrier.part.life
+        life = uuid4().hex if barrier is None else barrier.part.life
         self._guard("making the group", lambda: renewal.renew(life))
         renewal.is_due = bool(self._failures.raised)
-        if membership.barrier is not None:
-            self._meet_at_entry(membership.barrier.rank, "entry 2")
+        if barrier is not None:
+            self._meet_at_entry(barrier.rank, "entry 2")
         elif self._failures.first is not None:
             raise self._failures.first
         self._stage = "exit"
-        return renewal
 
     def _refuse(self, refusal: BaseException) -> None:
         """Leave a scope whose body does not start: clean up what it was given, and attach what that raises."""
         if self._state in ("new", "in the body"):
             self._in_flight = refusal
             self._plan()
-            if (
-                not self._path or self._arrived_at == "entry"
-            ):  # otherwise the peers are in their bodies, and wait for it
+            # Otherwise the peers are in their bodies, and wait for it.
+            if not self._path or self._arrived_at("entry"):
                 self._surfaced = refusal
                 self._steps = [self._release, self._end, self._attach, self._run_rest]
             self._state = "in the teardown"
@@ -176,52 +131,7 @@ class Entry(Teardown):
         if self._surfaced is not None:  # it is what refuses the body
             self._failures.attach(self.name, self._surfaced)
 
-    def _end(self) -> None:
-        """Take this scope out of everything that knows it."""
-        if self._gc_was_enabled:
-            gc.enable()
-        if current.get() is self:  # it was refused at its entry
-            current.set(self._parent)
-        if self._parent is not None:
-            self._parent._told = self._surfaced  # noqa: SLF001  (a scope too)
-            if self._parent._span is not None:  # noqa: SLF001  (a scope too)
-                self._parent._span.stirred = time.monotonic()  # noqa: SLF001  (a scope too)
-        if self._killer is not None:
-            self._killer.cancel()
-        if self._membership is not None and self._membership.open[-1:] == [self]:
-            self._membership.open.pop()
-        if self._span is not None:
-            self._disappear(self._span)
-        if self._membership is not None and self._membership.renewal is not None:
-            self._let_go(self._membership.renewal)
-        self._state = "left"
-
-    def _let_go(self, renewal: Renewal) -> None:
-        """Have the group made again at the next entry, unless it is as good as it was."""
-        is_complete = self.verdict is not None and self.verdict.complete
-        if self.verdict is None or self.verdict.revoked or not is_complete:
-            renewal.is_due = True
-            if is_complete:
-                renewal.abandon()
-
-    def _disappear(self, span: Span) -> None:
-        """Take this scope from the control thread's sight; a wait of it may still be to be ended."""
-        if span.revocation is not None:
-            span.revocation.end()
-            is_revoked = span.revocation.is_begun or (self.verdict is not None and self.verdict.revoked)
-            if is_revoked and span.history is not None:
-                # A rank that its peers have freed may have arrived before it revoked its own end.
-                span.history.append((span.revocation.begun_at or span.since, "revoked"))
-        span.part.revoked.discard(self._path)
-        span.control.left, span.is_left = self.name, True
-        if span.is_idle:
-            span.control.spans.pop(id(span), None)
-
     # For the threads that end the process.
-
-    def _give_up(self, reason: str) -> None:
-        """End this process: what the group has of it cannot be taken back."""
-        end(_notes.cannot_be_freed(self.name, reason))
 
     def _is_waiting(self) -> bool:
         return self._span is not None and not self._span.is_idle

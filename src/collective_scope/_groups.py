@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch.distributed as dist
 
-from ._membership import Membership, end, make, memberships, of_store, outside
+from ._membership import Membership, end, make, memberships, of_store
 from ._mpi import Communicator, is_communicator, membership_attribute, store_of_communicator
 from ._torch import default_group, is_destroyed, is_known, store_of
 from .agreement.text import shorten
@@ -80,7 +80,7 @@ def _find_other(group: GroupLike) -> tuple[Membership, object] | None:
     if is_communicator(group):
         return _of_communicator(group), group
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
-        return outside(), None
+        return Membership(), None
     if isinstance(group, dist.DeviceMesh):
         if group.ndim != 1:
             msg = (
@@ -88,7 +88,7 @@ def _find_other(group: GroupLike) -> tuple[Membership, object] | None:
                 " pass mesh['name'] for one of them or mesh._flatten() for all"
             )
             raise ValueError(msg)
-        return (outside(), None) if group.get_coordinate() is None else find(group.get_group())
+        return (Membership(), None) if group.get_coordinate() is None else find(group.get_group())
     if isinstance(group, GroupCoordinator):
         # The CPU group: its collectives cannot be stuck behind a kernel.
         return find(group.cpu_group)
@@ -108,7 +108,7 @@ def _of_process_group(group: ProcessGroup) -> Membership:
         return membership
     is_in_books = is_known(group)
     if group.size() == 1 or (is_in_books and dist.get_backend(group) == "fake"):
-        return outside()
+        return Membership()
     ranks = dist.get_process_group_ranks(group) if is_in_books else None
     return of_store(group, store_of(group), group.rank(), group.size(), ranks)
 
@@ -118,6 +118,6 @@ def _of_communicator(comm: Any) -> Membership:
     membership: Membership | None = there
     if membership is None:
         found = store_of_communicator(comm)
-        membership = outside() if found is None else make(comm, found, comm.Get_rank(), comm.Get_size(), None)
+        membership = Membership() if found is None else make(comm, found, comm.Get_rank(), comm.Get_size(), None)
         remember(membership, lambda: end(membership))
     return membership

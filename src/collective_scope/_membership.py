@@ -17,8 +17,9 @@ from ._torch import default_group, store_of
 from .agreement.barrier import Barrier
 from .agreement.control import Control
 from .agreement.part import Part
-from .agreement.process import me, serves_store
+from .agreement.process import me
 from .agreement.revocation import Renewal
+from .agreement.sockets import serves_store
 from .agreement.store_thread import base_of, knock
 
 
@@ -66,15 +67,10 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def outside() -> Membership:
-    """Return the membership of a rank that has no peers."""
-    return Membership()
-
-
 def of_store(owner: object, store: Any, rank: int, world_size: int, ranks: list[int] | None = None) -> Membership:
     """Return the membership that belongs to *owner*, the group; it ends with that."""
     if world_size == 1 and not isinstance(owner, Renewal):
-        return outside()
+        return Membership()
     membership = memberships.get(id(owner))
     if membership is None:
         try:
@@ -82,7 +78,7 @@ def of_store(owner: object, store: Any, rank: int, world_size: int, ranks: list[
         except TypeError as error:
             msg = f"group must be an object that can be weakly referenced (got {owner!r})"
             raise TypeError(msg) from error
-        membership = outside() if world_size == 1 else make(owner, store, rank, world_size, ranks)
+        membership = Membership() if world_size == 1 else make(owner, store, rank, world_size, ranks)
         membership.renewal = owner if isinstance(owner, Renewal) else None
         memberships[id(owner)] = membership
         weakref.finalize(owner, end, membership, id(owner))
@@ -96,8 +92,9 @@ def make(owner: object, store: Any, rank: int, world_size: int, ranks: list[int]
     ranks = ranks or list(range(world_size))
     connect = functools.partial(_clone, weakref.ref(store))
     control = _control(store, connect)
-    process, server = attrs.evolve(me(), serves=control.serves), _server(store, ranks, rank)
-    part = Part(connect, rank, world_size, control.heard, process, server)
+    process = attrs.evolve(me(), serves=control.serves)
+    server = rank if control.serves else _guess_server(store, ranks, rank)
+    part = Part(connect, rank, world_size, control.heard, control.items, process, server)
     control.groups[id(part)] = part
     global_ranks = () if ranks == list(range(world_size)) else tuple(ranks)
     barrier = Barrier(part, control, global_ranks)
@@ -118,7 +115,7 @@ def _control(store: Store, connect: Callable[[], Store]) -> Control:
     """Return the control thread over the store that *store* is a view of; all groups share it."""
     base: Any = base_of(store)
     is_tcp = isinstance(base, dist.TCPStore)
-    key = (os.getpid(), base.host, base.port) if is_tcp else (os.getpid(), id(base))
+    key = (base.host, base.port) if is_tcp else (id(base),)
     with _making:
         control = _controls.get(key)
         if control is None or control.broken is not None:
@@ -148,7 +145,7 @@ def end(membership: Membership, owner: int = 0) -> None:
 
 def _release(control: Control, user: int) -> None:
     """End a control thread that no group needs any more."""
-    control.drop(user)
+    control.groups.pop(user, None)
     if not control.groups and control.pid == os.getpid():
         for key in [key for key, each in list(_controls.items()) if each is control]:
             _controls.pop(key, None)
@@ -172,13 +169,10 @@ def _clone(ref: weakref.ref[Store]) -> Store:
     return cast("Store", store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
-def _server(store: Store, ranks: list[int], rank: int) -> int | None:
-    """Return the rank, within the group, whose process serves the store; None if none does. A guess, except for *rank*."""
-    base = base_of(store)
-    if not isinstance(base, dist.TCPStore):
+def _guess_server(store: Store, ranks: list[int], rank: int) -> int | None:
+    """Return the rank, within the group, whose process serves the store, if not *rank*; None if none does. A guess."""
+    if not isinstance(base_of(store), dist.TCPStore):
         return None
-    if serves_store(base.port):
-        return rank
     # torchrun serves the store in its agent and says so; otherwise it is global rank 0
     # (torch/distributed/rendezvous.py), unless it was made by hand.
     is_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -75,14 +75,12 @@ def store_of_communicator(comm: Any) -> Store | None:
     mpi = sys.modules[type(comm).__module__]
     if comm == mpi.COMM_NULL or comm.Get_size() == 1:
         return None
-    buffer, server = bytearray(_ADDRESS), None
+    buffer, server, is_local = bytearray(_ADDRESS), None, _is_on_one_host(comm)
     if comm.Get_rank() == 0:
-        host = "127.0.0.1" if _is_on_one_host(comm) else socket.gethostname()
+        host = "127.0.0.1" if is_local else socket.gethostname()
         server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         address = f"{host} {server.port}".encode()
         buffer[: len(address)] = address
-    else:
-        _is_on_one_host(comm)
     _await(comm.Ibcast([buffer, mpi.BYTE], root=0))
     if server is not None:
         return server

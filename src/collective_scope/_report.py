@@ -31,7 +31,6 @@ MISMATCH_ADVICE = (
     "All ranks of a group must go through the same scopes in the same order. Usual causes: a scope under a\n"
     "  condition that differs between ranks, a loop that is shorter on one rank, an error caught on one rank only."
 )
-NOT_RUN = "The body of this scope was not run."
 
 _CONSEQUENCE = re.compile(
     r"connection (was |is |likely )*(closed|reset|refused|aborted)|broken pipe|timed? ?out|revoked"
@@ -59,8 +58,7 @@ def peers_failed(verdict: Verdict) -> str:
     lines = [head, *_outcomes(verdict)]
     if verdict.reason:
         lines.append(f"  The wait ended early: {verdict.reason}.")
-    if verdict.stage.startswith("entry"):
-        lines.append(f"  {NOT_RUN}")
+    lines += _not_run(verdict)
     if outcome.traceback and not are_skips:
         lines.append(f"  rank {first}, {outcome.phase}:")
         lines += [f"    {line}" for line in outcome.traceback.rstrip().splitlines()]
@@ -79,8 +77,7 @@ def missing(verdict: Verdict) -> str:
     head = f"{who}{_at(verdict)}{since}{cause}"
     lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
     lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}." if verdict.reason else f"  {MISSING_ADVICE}")
-    if verdict.stage.startswith("entry"):
-        lines.append(f"  {NOT_RUN} Not every rank has left the scope before it.")
+    lines += [f"{line} Not every rank has left the scope before it." for line in _not_run(verdict)]
     return "\n".join(lines)
 
 
@@ -88,22 +85,17 @@ def lost(verdict: Verdict) -> str:
     """Say which ranks are gone."""
     head = f"{_ranks(verdict, verdict.lost)} of {verdict.world_size} lost{_at(verdict)} after {verdict.timeout:.1f} s"
     lines = [head, *_outcomes(verdict), *_places(verdict, verdict.lost, "lost:   ")]
-    if verdict.missing:
-        lines += _places(verdict, verdict.missing, "missing:")
+    lines += _places(verdict, verdict.missing, "missing:")
     if verdict.reason:
         lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}.")
-    if verdict.stage.startswith("entry"):
-        lines.append(f"  {NOT_RUN}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_not_run(verdict)])
 
 
 def scopes_differ(verdict: Verdict) -> str:
     """Describe ranks that arrived at different scopes."""
     lines = ["ranks arrived at different scopes"]
     lines += _grouped({rank: f"scope {name!r}" for rank, name in verdict.names.items()})
-    if verdict.stage.startswith("entry"):
-        lines.append(f"  {NOT_RUN}")
-    return "\n".join([*lines, f"  {MISMATCH_ADVICE}"])
+    return "\n".join([*lines, *_not_run(verdict), f"  {MISMATCH_ADVICE}"])
 
 
 def cleanups_differ(verdict: Verdict) -> str:
@@ -128,7 +120,6 @@ def late(what: str, verdict: Verdict, rank: int, seconds: float, said: dict[int,
         seconds: For how long it has lasted.
         said: What was said of each rank before; updated. A rank that is where it was gets a few words.
     """
-    stage = "entry" if verdict.stage.startswith("entry") else "exit"
     ranks = sorted({*verdict.missing, rank}) if what == "working" else list(verdict.missing)
     if what == "working":
         head = f"no rank of {verdict.world_size} has come to the exit of scope {verdict.scope!r} for {seconds:.1f} s"
@@ -136,7 +127,7 @@ def late(what: str, verdict: Verdict, rank: int, seconds: float, said: dict[int,
         who = f"{_ranks(verdict, ranks)} of {verdict.world_size}" if ranks else "nobody"
         is_news = any(rank not in said for rank in ranks)
         still = "" if is_news else "still "
-        head = f"rank {rank} has waited {seconds:.1f} s at the {stage} of scope {verdict.scope!r}; {who} {still}missing"
+        head = f"rank {rank} has waited {seconds:.1f} s{_at(verdict)}; {who} {still}missing"
     texts = {each: _key(verdict.where[each]) for each in ranks if each in verdict.where}
     same = {each for each, text in texts.items() if said.get(each) == text}
     said |= dict.fromkeys(ranks, "") | texts
@@ -176,6 +167,10 @@ def _told(outcome: Outcome) -> str:
 
 def _at(verdict: Verdict) -> str:
     return f" at the {verdict.stage.split()[0]} of scope {verdict.scope!r}"
+
+
+def _not_run(verdict: Verdict) -> list[str]:
+    return ["  The body of this scope was not run."] if verdict.stage.startswith("entry") else []
 
 
 def _ranks(verdict: Verdict, ranks: Iterable[int]) -> str:

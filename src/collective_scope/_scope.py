@@ -16,8 +16,9 @@ import attrs
 
 from . import _notes, _torch
 from ._cleanups import describe
-from ._entry import Entry, current
+from ._entry import Entry
 from ._registry import kind_of_function
+from ._teardown import current
 from .agreement.rounds import cap
 
 
@@ -177,10 +178,9 @@ class CollectiveScope(Entry):
 
         Of a `RenewableGroup`, what its ``make`` returned, or else the default group of the moment.
         """
-        renewal = None if self._membership is None else self._membership.renewal
-        if renewal is None:
+        if self._renewal is None:
             return self._kept if self._group is None or callable(self._group) else self._group
-        return renewal.value if renewal.value is not None else _torch.default_group()
+        return self._renewal.value if self._renewal.value is not None else _torch.default_group()
 
     def _begin_exit(self, body_error: BaseException | None) -> None:
         if self._state == "in the body":

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import attrs
@@ -19,8 +21,10 @@ from . import _notes, _torch
 from ._arrival import Arrival
 from ._cleanups import Cleanup, keep_for_ever
 from .agreement.records import Verdict
+from .agreement.revocation import Renewal
 from .agreement.rounds import late_path
 from .agreement.stacks import innermost
+from .agreement.watch import Span
 from .exceptions import RevokedInterrupt
 
 
@@ -35,6 +39,9 @@ MOST_TRIES = 3
 _last_with_default_group: list[str] = []
 """Name of the last scope that had a default group for its group; empty if none had."""
 
+current: ContextVar[Any] = ContextVar("collective_scope", default=None)
+"""The innermost scope whose body is running."""
+
 
 @attrs.define(eq=False, repr=False, kw_only=True, on_setattr=attrs.setters.NO_OP)
 class Teardown(Arrival):
@@ -42,7 +49,6 @@ class Teardown(Arrival):
 
     _is_late: bool = attrs.field(default=False, init=False)
     """Whether the group was not found at the entry."""
-    _kept: Any = attrs.field(default=None, init=False)
     _trace: object = attrs.field(default=None, init=False)
     _has_lost_its_group: bool = attrs.field(default=False, init=False)
     """Whether there were peers, and are none any more."""
@@ -82,9 +88,8 @@ class Teardown(Arrival):
 
     def _plan(self) -> None:
         """List the steps, the first one last; those that have nothing to do are left out."""
-        steps: list[Callable[[], object]] = [self._release, self._end, self._surface, self._leave_together]
-        if self._is_late or self._group is None or self._kept is not None:
-            steps.append(self._look_at_group)
+        steps: list[Callable[[], object]] = [self._release, self._end, self._surface]
+        steps += [self._leave_together, self._look_at_group]
         if self._options.lockstep_gc:
             steps.append(self._collect)
         if self._options.synchronize and _torch.has_accelerator():
@@ -165,7 +170,7 @@ class Teardown(Arrival):
 
     def _meet(self) -> None:
         """Arrive at the next barrier; note which collective cleanups may be run after it."""
-        if self._arrived_at != self._stage:
+        if not self._arrived_at(self._stage):
             self.verdict = None
             self._take_verdict(self._arrive(self._stage))
         elif self.verdict is None and self._wait is not None and isinstance(self._wait.reply, Verdict):
@@ -199,16 +204,31 @@ class Teardown(Arrival):
     def _surface(self) -> None:
         """Run what is left, and choose what this rank raises."""
         self._is_past_barrier = True
-        if self._cleanups or self._after:
-            self._run_rest()
-            self._run_after()
+        self._run_rest()
+        self._run_after()
         if self._failures.raised or self._failures.skipped or self.verdict is None or not self.verdict.ok:
             rank = 0 if self._barrier is None else self._barrier.rank
             self._surfaced = self._failures.surface(self.name, self.verdict, rank)
 
     def _end(self) -> None:
         """Take this scope out of everything that knows it."""
-        raise NotImplementedError
+        if self._gc_was_enabled:
+            gc.enable()
+        if current.get() is self:  # it was refused at its entry
+            current.set(self._parent)
+        if self._parent is not None:
+            self._parent._told = self._surfaced  # noqa: SLF001  (a scope too)
+            if self._parent._span is not None:  # noqa: SLF001  (a scope too)
+                self._parent._span.stirred = time.monotonic()  # noqa: SLF001  (a scope too)
+        if self._killer is not None:
+            self._killer.cancel()
+        if self._membership is not None and self._membership.open[-1:] == [self]:
+            self._membership.open.pop()
+        if self._span is not None:
+            self._disappear(self._span)
+        if self._renewal is not None:
+            self._let_go(self._renewal)
+        self._state = "left"
 
     def _release(self) -> None:
         """Drop all references; keep for ever what a peer may still be using."""
@@ -220,7 +240,7 @@ class Teardown(Arrival):
         self._cleanups.clear()
         self._after.clear()
         self._failures.clear()
-        self._told = self._parent = self._membership = self._barrier = self._kept = self._in_flight = None
+        self._told = self._parent = self._membership = self._kept = self._in_flight = None
         self._span = self._wait = self._chosen = self._mismatch = None
         self._given = ()
 
@@ -235,6 +255,27 @@ class Teardown(Arrival):
 
     def _name_of(self, cleanup: Cleanup) -> str:
         return next(name for name, each in self._cleanups.collective().items() if each is cleanup)
+
+    def _let_go(self, renewal: Renewal) -> None:
+        """Have the group made again at the next entry, unless it is as good as it was."""
+        is_complete = self.verdict is not None and self.verdict.complete
+        if self.verdict is None or self.verdict.revoked or not is_complete:
+            renewal.is_due = True
+            if is_complete:
+                renewal.abandon()
+
+    def _disappear(self, span: Span) -> None:
+        """Take this scope from the control thread's sight; a wait of it may still be to be ended."""
+        if span.revocation is not None:
+            span.revocation.end()
+            is_revoked = span.revocation.is_begun or (self.verdict is not None and self.verdict.revoked)
+            if is_revoked and span.history is not None:
+                # A rank that its peers have freed may have arrived before it revoked its own end.
+                span.history.append((span.revocation.begun_at or span.since, "revoked"))
+        span.part.revoked.discard(self._path)
+        span.control.left, span.is_left = self.name, True
+        if span.is_idle:
+            span.control.spans.pop(id(span), None)
 
 
 def _members(error: BaseException) -> tuple[BaseException, ...]:

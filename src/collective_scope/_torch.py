@@ -21,8 +21,8 @@ def default_group() -> ProcessGroup | None:
 
 def place_in_world() -> tuple[int, int]:
     """Return this process's rank in the default group, and that group's size; 0 of 1 without one."""
-    is_there = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if is_there else (0, 1)
+    world = default_group()
+    return (0, 1) if world is None else (world.rank(), world.size())
 
 
 def is_known(group: ProcessGroup) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from collective_scope.agreement import control, process, watch
 from collective_scope.agreement.control import ENDED
-from collective_scope.agreement.part import NEWS
+from collective_scope.agreement.peers import NEWS
 from collective_scope.agreement.process import Process, me
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
 from tests.agreement.conftest import Other
@@ -127,7 +127,7 @@ def test_question_after_many_items_is_answered(rank_on: RankOn, count: int) -> N
     rank = rank_on(store, 0, 2)
     rank.barrier.join()
     assert wait_until(lambda: record_of(store, 0) is not None and store.check([f"collective_scope/beat/{me().key}"]))
-    numbers = [rank.control.tell(store, f"asked {rank.part.life} ") for _ in range(count)]
+    numbers = [rank.part.announce(store, f"asked {rank.part.life} ") for _ in range(count)]
 
     assert wait_until(lambda: (record := record_of(store, 0)) is not None and record.answered >= numbers[-1], SOON_S)
 
@@ -273,7 +273,7 @@ def test_rank_that_is_told_to_be_lost_is_lost_also_where_it_cannot_be_seen(rank_
 
     def tell() -> None:
         assert wait_until(lambda: is_waiting(store, 0))
-        ranks[1].control.tell(store, f"lost {ranks[0].part.life} 2")
+        ranks[1].part.announce(store, f"lost {ranks[0].part.life} 2")
 
     first, _ = at_once(ranks[0].arrive, tell)
     second = ranks[0].arrive("1 scope", "entry")
@@ -624,7 +624,7 @@ def test_item_of_the_news_goes_after_a_while(rank_on: RankOn, monkeypatch: pytes
     store = dist.HashStore()
     rank = rank_on(store, 0, 2)
     rank.publish(FAILED)
-    rank.control.tell(store, f"asked {rank.part.life} ")
+    rank.part.announce(store, f"asked {rank.part.life} ")
 
     def items() -> list[str]:
         return [key for key in store.list_keys() if key.startswith(f"{NEWS}/")]

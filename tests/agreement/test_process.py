@@ -16,7 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from collective_scope.agreement import process
-from collective_scope.agreement.process import NOBODY, Place, Process, has_ended, me, serves_store
+from collective_scope.agreement.process import NOBODY, Place, Process, has_ended, me
+from collective_scope.agreement.sockets import serves_store
 from tests.forks import in_a_fork
 from tests.stores import wait_until
 
@@ -142,13 +143,13 @@ def test_store_is_served_by_the_process_that_has_its_thread_and_no_other() -> No
     assert "False" == in_a_fork(lambda: serves_store(server.port))
 
 
-def test_process_whose_sockets_cannot_be_seen_serves_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ``/proc/net`` is hidden, no process is taken for the host of a store."""
+def test_process_whose_threads_cannot_be_seen_serves_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the names of threads are hidden, no process is taken for the host of a store."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     read_text = Path.read_text
 
     def hide(path: Path) -> str:
-        if "net" in path.parts:
+        if "comm" in path.parts:
             raise FileNotFoundError
         return read_text(path)
 

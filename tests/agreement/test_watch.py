@@ -212,7 +212,7 @@ def test_rank_in_its_body_is_told_that_a_peer_is_gone_that_another_saw_go(rank_o
     rank = rank_on(store, 0, 3)
     tell_as(2, rank, Record(process=Process("another-host", 4711, 1, "another-machine")))
     with rank.scope(warn_after=PATIENCE_S):
-        rank.control.tell(store, f"lost {rank.part.life} 2")
+        rank.part.announce(store, f"lost {rank.part.life} 2")
         assert wait_until(lambda: bool(rank.said))
 
     assert [("lost", (2,))] == [(what, facts.lost) for what, facts in rank.said]

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -213,7 +214,7 @@ def run_simulated(process: int, world_size: int, port: int, rounds: int, result:
     barrier = threading.Barrier(len(ranks) + 1)
 
     def run(rank: int) -> None:
-        part = Part(store.clone, rank, world_size, lambda: None)  # type: ignore[attr-defined]  # missing in torch's stubs
+        part = Part(store.clone, rank, world_size, lambda: None, deque())  # type: ignore[attr-defined]  # missing in torch's stubs
         client = part.connect()
         replies: SimpleQueue[Any] = SimpleQueue()
         for number in range(rounds + 2):

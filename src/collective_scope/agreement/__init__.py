@@ -7,7 +7,8 @@ Read in this order, each module importing only from those before it:
 * ``stacks``, ``text``, ``records``: what a rank tells, and what all ranks are told
 * ``rounds``: paths of scopes, the count of a round, and `judge`, as pure functions
 * ``wire``: how a verdict travels
-* ``sockets``, ``store_thread``: store calls that can be bounded and left behind, and cut at the end
+* ``sockets``: whether this process serves a store; its connections, and to cut them
+* ``store_thread``: store calls that can be bounded and left behind, and cut at the end
 * ``life``: how a rank joins its group, and leaves it
 * ``wait``, ``peers``: one wait; what a rank knows of its peers, and tells them
 * ``part``: one rank's part in the rounds of its group: arrive, decide

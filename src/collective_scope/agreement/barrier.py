@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 import attrs
@@ -14,7 +14,7 @@ from .control import THAW_S, Control
 from .part import Part
 from .records import Outcome, Record, Verdict
 from .rounds import all_ok, judge
-from .store_thread import Failed, Job, StoreThread, next_reply
+from .store_thread import StoreThread, next_reply
 from .text import one_line, type_name
 from .wait import FIRST_LOOK_S, GRACE_S, Decided, Wait
 
@@ -52,8 +52,8 @@ class Barrier:
     gone: RuntimeError | None = attrs.field(default=None, init=False)
     _missed: Record | None = attrs.field(default=None, init=False)
     """The record of this rank at the first round that was not complete, after one that was."""
-    _refused: Verdict | None = attrs.field(default=None, init=False)
-    """The verdict of the latest round, if that was an entry to which not all have come."""
+    _refused: tuple[Verdict, Record] | None = attrs.field(default=None, init=False)
+    """The verdict of the latest round, if that was an entry to which not all have come, and `_missed`."""
     _thread: StoreThread | None = attrs.field(default=None, init=False)
 
     @property
@@ -69,12 +69,12 @@ class Barrier:
     def join(self) -> None:
         """Tell the peers, without waiting for the store, which process this rank is."""
         if self._thread is None and self.gone is None:
-            self._submit(_nothing)  # which connects, and joins
+            self._get_thread().submit(_nothing)  # which connects, and joins
 
     def publish(self, record: Record) -> None:
         """Tell the peers at once, without waiting for the store, that this rank failed. It arrives later."""
         if self.gone is None:
-            self._submit(functools.partial(self.part.publish, attrs.evolve(record, arrived=False)))
+            self._get_thread().submit(functools.partial(self.part.publish, attrs.evolve(record, arrived=False)))
 
     def arrive(
         self, record: Record, timeout: float, failure_timeout: float, started: Callable[[Wait], object]
@@ -99,9 +99,7 @@ class Barrier:
         self._thaw(time.monotonic())
         now = time.monotonic()
         timeout = timeout if record.outcome.ok else min(timeout, failure_timeout)
-        earlier = None
-        if self._refused is not None and self._missed is not None and record.stage == "entry":
-            earlier = self._refused, self._missed
+        earlier = self._refused if record.stage == "entry" else None
         thread = self._get_thread()
         wait = Wait(record, now, now + timeout, failure_timeout, earlier, thread.replies)
         try:
@@ -140,9 +138,6 @@ class Barrier:
             self.part.owner = self._thread.ident
         return self._thread
 
-    def _submit(self, job: Job) -> None:
-        self._get_thread().submit(job)
-
     def _note(self, verdict: Verdict, record: Record) -> Verdict:
         self.in_step = verdict.complete
         if verdict.complete:
@@ -151,15 +146,11 @@ class Barrier:
             self._missed = self._missed or record
             # One that ended early was not waited for, and at the next entry other ranks may be outside.
             is_waited_for = verdict.stage == "entry" and not verdict.reason and not verdict.outside
-            self._refused = verdict if is_waited_for else None
+            self._refused = (verdict, self._missed) if is_waited_for else None
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
     def _await(self, wait: Wait) -> Verdict:
-        reply: Any
-        try:
-            reply = self._taken(wait.replies.get(timeout=FIRST_LOOK_S), wait)
-        except Empty:
-            reply = None
+        reply = self._taken(next_reply(wait.replies, time.monotonic() + FIRST_LOOK_S), wait)
         if reply is None:
             self.control.wake()
         while reply is None:
@@ -171,9 +162,8 @@ class Barrier:
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
             reply = self._taken(next_reply(wait.replies, limit), wait)
         wait.reply, wait.over = reply, True
-        if not isinstance(reply, Failed):
-            verdict: Verdict = reply
-            return verdict
+        if isinstance(reply, Verdict):  # otherwise it is `Failed`
+            return reply
         self._thread = None
         if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
             raise reply.error

@@ -16,6 +16,7 @@ groups              the ranks' threads, one entry a group    the control thread
 _surveys            the threads that end a process: scopes   the control thread removes them
                     of which all must be located
 left                the ranks' threads                       the control thread
+items               the store and control threads            the control thread
 heard_at, calm_at,  the control thread                       the ranks' threads
 broken
 ==================  =======================================  ==============================
@@ -31,16 +32,17 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import attrs
 from torch.distributed import Store
 
 from .life import ROOT
-from .part import NEWS, Part
+from .part import Part
+from .peers import NEWS
 from .process import NOBODY, Place, Process, me
 from .stacks import where_is
-from .store_thread import ABSENT, Failed, peek, start_thread, unbounded
+from .store_thread import ABSENT, Failed, next_reply, peek, start_thread, unbounded
 from .wait import GRACE_S
 from .watch import Span
 
@@ -92,7 +94,8 @@ class Control:
         self.spans: dict[int, Span] = {}
         self.groups: dict[int, Part | None] = {}
         """The groups of this process, by a number; None for one that is not used, and keeps the thread."""
-        self._items: deque[tuple[int, float]] = deque()
+        self.items: deque[tuple[int, float]] = deque()
+        """Numbers of the news that this process wrote, and when."""
         self.left = ""
         """Name of the scope that was left last."""
         self.heard_at = time.monotonic()
@@ -109,7 +112,7 @@ class Control:
         self._late: dict[int, float] = {}
         self._surveys: deque[tuple[Span, SimpleQueue[dict[int, Place]]]] = deque()
         self._is_closing = False
-        self._beats, self._next_beat = 0, 0.0
+        self._next_beat = 0.0
         self._processes: set[Process] = set()
         """The processes of all groups, if this one serves the store."""
         self._thread: threading.Thread | None = None
@@ -135,21 +138,13 @@ class Control:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_S)
 
-    def drop(self, group: int) -> None:
-        """Forget a group that is destroyed; its news goes with that of the process."""
-        part = self.groups.pop(group, None)
-        if part is not None:
-            self._items.extend(part.items)
-
     def survey(self, span: Span, timeout: float = SURVEY_S) -> dict[int, Place]:
         """Return where all ranks of *span*'s group are, as far as that can be said in time."""
         done: SimpleQueue[dict[int, Place]] = SimpleQueue()
         self._surveys.append((span, done))
         self.wake()
-        try:
-            return done.get(timeout=timeout)
-        except Empty:  # the store does not answer
-            return {span.part.rank: self.place(span)}
+        places: dict[int, Place] | None = next_reply(done, time.monotonic() + timeout)
+        return {span.part.rank: self.place(span)} if places is None else places  # the store may not answer
 
     def heard(self) -> None:
         """Note that the store has answered."""
@@ -157,13 +152,6 @@ class Control:
         if now > self.heard_at + GRACE_S:  # it, or this process, has stood still
             self.calm_at = now + THAW_S
         self.heard_at = now
-
-    def tell(self, store: Store, item: str) -> int:
-        """Write an item of the news; return its number."""
-        number = store.add(NEWS, 1)
-        store.set(f"{NEWS}/{number}", item)
-        self._items.append((number, time.monotonic()))
-        return number
 
     # Run on the control thread.
 
@@ -188,7 +176,7 @@ class Control:
             self._kept = None
 
     def _is_idle(self) -> bool:
-        return all(span.wait is None or span.wait.over for span in list(self.spans.values()))
+        return all(span.is_idle for span in list(self.spans.values()))
 
     def _pause(self) -> float:
         spans = list(self.spans.values())
@@ -209,8 +197,8 @@ class Control:
             span, done = self._surveys.popleft()
             done.put(span.survey(store, functools.partial(self._read_news, store)))
         if now >= self._next_beat:
-            self._beats, self._next_beat = self._beats + 1, now + BEAT_S
-            store.set(f"{ROOT}/beat/{me().key}", str(self._beats))
+            self._next_beat = now + BEAT_S
+            store.set(f"{ROOT}/beat/{me().key}", str(now))
         self._remove_news(store, now - NEWS_S)
 
     def _read_news(self, store: Store) -> dict[str, set[int]]:
@@ -243,14 +231,12 @@ class Control:
         return fresh
 
     def _parts(self, life: str = "") -> list[Part]:
-        protocols = [each for each in list(self.groups.values()) if each is not None]
-        return [each for each in protocols if each.life == life or not life]
+        return [each for each in list(self.groups.values()) if each is not None and life in ("", each.life)]
 
     def _remove_news(self, store: Store, until: float) -> None:
         """Remove what this process wrote until then."""
-        for items in (self._items, *(part.items for part in self._parts())):
-            while items and items[0][1] < until:
-                store.delete_key(f"{NEWS}/{items.popleft()[0]}")
+        while self.items and self.items[0][1] < until:
+            store.delete_key(f"{NEWS}/{self.items.popleft()[0]}")
 
     def _answer(self, store: Store, life: str, round_: str, number: int, now: float) -> bool:
         """Tell where this process's ranks are, but those that wait in the round of the one that asks; return whether."""
@@ -282,7 +268,7 @@ class Control:
         store.delete_key(f"{ROOT}/beat/{me().key}")
         ended, begun = divmod(store.add(f"{ROOT}/controls", ENDED), ENDED)
         if self.serves and ended < begun:
-            self.tell(store, "closing *")
+            store.set(f"{NEWS}/{store.add(NEWS, 1)}", "closing *")
             deadline = time.monotonic() + CLOSING_S
             # Those that begin from now on serve groups of later.
             while ended + self._ended(store) < begun and time.monotonic() < deadline:

@@ -26,14 +26,12 @@ class Locator:
 
     Args:
         part: The rank's part in the rounds of its group.
-        tell: Writes an item of the news; returns its number.
 
     Attributes:
         asked_at: When the ranks were last asked, on the monotonic clock; 0 if they were not.
     """
 
     part: Part
-    tell: Callable[[Store, str], int]
     asked_at: float = attrs.field(default=0.0, init=False)
     _number: int = attrs.field(default=0, init=False)
 
@@ -49,7 +47,7 @@ class Locator:
         if but == round_ and now < heard_at + ANSWER_S / 2:  # another rank has just asked the same
             self._number, self.asked_at = number, heard_at
         else:
-            self._number, self.asked_at = self.tell(store, f"asked {self.part.life} {round_}"), now
+            self._number, self.asked_at = self.part.announce(store, f"asked {self.part.life} {round_}"), now
 
     def has_time(self, now: float) -> bool:
         """Whether an answer may still come."""

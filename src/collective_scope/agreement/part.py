@@ -18,8 +18,8 @@ from typing import Any, cast
 import attrs
 from torch.distributed import Store
 
-from .life import ROOT, join, leave
-from .peers import Peers
+from .life import join, leave
+from .peers import NEWS, Peers
 from .process import Place
 from .records import Record, Verdict
 from .rounds import (
@@ -34,12 +34,10 @@ from .rounds import (
     scopes_around,
     still_refused,
 )
-from .store_thread import get, peek, remove, set_first, unbounded
+from .store_thread import get, remove, set_first, unbounded
 from .wait import Wait
 from .wire import ALL_OK, decode_verdict, encode_verdict
 
-
-NEWS = f"{ROOT}/news"
 
 RECORDS_S = 0.25
 """How long the rank that decides waits for the records of those that arrived a moment ago."""
@@ -142,8 +140,8 @@ class Part(Peers):
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
         """Whether a rank that the *earlier* entry lacked has come at least to the first round that was *missed*."""
-        records = [Record.decode(peek(store, self.key(f"rank/{rank}"))) for rank in (*earlier.missing, *earlier.lost)]
-        return any(r is not None and r.arrived and relation(r, missed) in ("here", "elsewhere") for r in records)
+        records = self.read(store, (*earlier.missing, *earlier.lost)).values()
+        return any(record.arrived and relation(record, missed) in ("here", "elsewhere") for record in records)
 
     def _poll(self, wait: Wait, store: Store) -> bytes:
         """Wait for the verdict on the rank's own thread, and end the wait, because there is no other thread."""

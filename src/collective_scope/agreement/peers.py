@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -17,6 +18,9 @@ from .store_thread import compare_set, peek
 from .wait import Wait
 
 
+NEWS = f"{ROOT}/news"
+
+
 @attrs.define(eq=False)
 class Peers:
     """
@@ -27,6 +31,7 @@ class Peers:
         rank: This rank, counted from 0 within the group.
         world_size: Number of ranks of the group.
         heard: Called whenever the store has answered the control thread.
+        items: Numbers of the news that this process wrote, and when.
         process: The process of this rank.
         server: The rank that serves the store, if one of the group's does, as far as this one can guess.
 
@@ -40,13 +45,13 @@ class Peers:
         revoked: Paths of scopes in which the group was revoked.
         asked: The latest question where ranks are: its number, when it was heard, and the round whose ranks need
             not answer.
-        items: Numbers of the news that the store thread wrote, and when.
     """
 
     clone: Callable[[], Store]
     rank: int
     world_size: int
     heard: Callable[[], object]
+    items: deque[tuple[int, float]]
     process: Process = attrs.field(factory=me)
     server: int | None = None
     life: str = attrs.field(default="", init=False)
@@ -57,7 +62,6 @@ class Peers:
     beats: dict[int, tuple[bytes, float, float]] = attrs.field(factory=dict, init=False)
     revoked: set[str] = attrs.field(factory=set, init=False)
     asked: tuple[int, float, str] = attrs.field(default=(0, 0.0, ""), init=False)
-    items: deque[tuple[int, float]] = attrs.field(factory=deque, init=False)
     _telling: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def key(self, name: str) -> str:
@@ -91,6 +95,13 @@ class Peers:
         if any(not record.outcome.ok and relation(record, wait.record) == "here" for record in peers):
             wait.deadline = min(wait.deadline, max(now, wait.start) + wait.failure_timeout)
         return any(ends_early(record, wait.record) for record in peers)
+
+    def announce(self, store: Store, item: str) -> int:
+        """Write an item of the news; return its number."""
+        number = store.add(NEWS, 1)
+        store.set(f"{NEWS}/{number}", item)
+        self.items.append((number, time.monotonic()))
+        return number
 
     def tell(self, record: Record, store: Store) -> None:
         """Write the record of this rank, on the store thread."""

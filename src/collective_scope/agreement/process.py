@@ -7,7 +7,6 @@ sees nothing. Knows nothing of torch.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import signal
@@ -131,27 +130,6 @@ def _of(pid: int) -> Process:
     except OSError:  # not Linux: peers see nothing, and say so
         start, machine = 0, ""
     return Process(socket.gethostname(), pid, start, machine)
-
-
-def serves_store(port: int) -> bool:
-    """Whether the server of a ``TCPStore`` at *port* runs in this process."""
-    # A forked child has its parent's sockets, but not the thread that serves them; torch names that one.
-    names = []
-    for task in Path("/proc/self").glob("task/*/comm"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            names.append(task.read_text())
-    if not any(name.startswith("pt_tcpstore") for name in names):
-        return False
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError):
-            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-            inodes |= {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-    links = []
-    for fd in Path("/proc/self/fd").iterdir() if inodes else ():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            links.append(os.readlink(fd))  # noqa: PTH115  (a Path would be made of each)
-    return any(f"socket:[{inode}]" in links for inode in inodes)
 
 
 def _stat(pid: int) -> list[str]:

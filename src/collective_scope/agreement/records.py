@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -136,7 +136,7 @@ class Record:
             stage,
             arrived,
             Outcome(*outcome) if outcome else OK,
-            _listed(cleanups),
+            tuple((name, digest, shown) for name, digest, shown in cleanups),
             Process(*process),
             Place(Process(*place[0]), *place[1:]) if place else None,
             answered,
@@ -269,7 +269,3 @@ def dump(value: Any) -> bytes:
 def load(text: bytes) -> Any:
     """Read what `dump` wrote."""
     return json.loads(text.decode("utf-8", "surrogatepass"))
-
-
-def _listed(value: Iterable[Iterable[Any]]) -> tuple[Listed, ...]:
-    return tuple((str(name), str(digest), str(shown)) for name, digest, shown in value)

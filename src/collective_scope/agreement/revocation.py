@@ -81,8 +81,8 @@ class Revocation:
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _revoking: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _is_over: bool = attrs.field(default=False, init=False)
-    _is_in_body: bool = attrs.field(default=False, init=False)
-    _is_interrupted: bool = attrs.field(default=False, init=False)
+    _may_be_interrupted: bool = attrs.field(default=False, init=False)
+    """Whether the thread is in the body, and has not been interrupted yet."""
     _is_on_its_way: bool = attrs.field(default=False, init=False)
     """Whether an interrupt was sent that the thread has not raised, as far as is known."""
 
@@ -93,12 +93,12 @@ class Revocation:
         # Once: getsignal() makes an enumeration of its result, which is a tenth of a scope.
         if not _handled and self._is_main() and signal.getsignal(WAKING) == signal.SIG_DFL:
             _handled.append(signal.signal(WAKING, _on_waking))
-        self._is_in_body = True
+        self._may_be_interrupted = True
 
     def leave_body(self) -> None:
         """From now on, the thread may not be interrupted; take back an interrupt that has not come yet."""
         with self._lock:
-            self._is_in_body = False
+            self._may_be_interrupted = False
             if self._is_on_its_way:
                 _raise_in(self.thread, None)
 
@@ -110,8 +110,8 @@ class Revocation:
         may be on its way out, and ``__exit__`` must be reached. The control thread tries again.
         """
         is_ours = frame is not None and frame.f_code.co_filename.startswith(OURS)
-        if self._is_in_body and not self._is_interrupted and not is_ours:
-            self._is_interrupted = True
+        if self._may_be_interrupted and not is_ours:
+            self._may_be_interrupted = False
             raise self.interrupt
 
     def end(self) -> None:
@@ -168,14 +168,14 @@ class Revocation:
 
     def _interrupt(self, *, is_free: bool) -> None:
         with self._lock:
-            if not is_free or not self._is_in_body or self._is_interrupted:
+            if not is_free or not self._may_be_interrupted:
                 return
             if self._is_main() and signal.getsignal(WAKING) == _on_waking:
                 # A signal also ends a wait for a lock, but reaches Python on the main thread only.
                 _asked[:] = [self]
                 signal.pthread_kill(self.thread, WAKING)
             else:
-                self._is_interrupted = self._is_on_its_way = True
+                self._may_be_interrupted, self._is_on_its_way = False, True
                 _raise_in(self.thread, self.interrupt)
 
     def _is_main(self) -> bool:

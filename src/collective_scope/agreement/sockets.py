@@ -1,4 +1,4 @@
-"""The connections of this process: which were opened meanwhile, and to cut them."""
+"""The sockets of this process: whether it serves a store, which connections were opened meanwhile, and to cut them."""
 
 from __future__ import annotations
 
@@ -37,11 +37,27 @@ def accepted_since(before: dict[int, str], but_at_port: int | None = None) -> di
     listening, accepted = set(), {}
     for fd, link, copy in _sockets():
         port = copy.getsockname()[1]
-        if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if _is_listening(copy):
             listening.add(port)
         elif before.get(fd) != link and port != but_at_port:
             accepted[fd] = link, port
     return {fd: link for fd, (link, port) in accepted.items() if port in listening}
+
+
+def serves_store(port: int) -> bool:
+    """Whether the server of a ``TCPStore`` at *port* runs in this process."""
+    # A forked child has its parent's sockets, but not the thread that serves them; torch names that one.
+    names = []
+    for task in Path("/proc/self").glob("task/*/comm"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            names.append(task.read_text())
+    if not any(name.startswith("pt_tcpstore") for name in names):
+        return False
+    return any(copy.getsockname()[1] == port and _is_listening(copy) for _, _, copy in _sockets())
+
+
+def _is_listening(copy: socket.socket) -> bool:
+    return copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
 
 
 def _sockets() -> Iterator[tuple[int, str, socket.socket]]:

@@ -26,7 +26,7 @@ Part.lost, .beats, the control thread                         the same
 .revoked, .asked
 Part._odd          the store thread; the control thread, for  the store thread
                    a wait that is over
-Part.items         the store thread: news that it wrote       the control thread
+Part.items         the store and control threads              the control thread
 Part, all others   the store thread                           the store thread
 =================  =========================================  =============================
 """

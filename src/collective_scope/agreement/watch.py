@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import attrs
 
 from .locate import ANSWER_S, Locator
-from .losses import BEATS_S, Losses
+from .losses import BEATS_S, find_lost
 from .part import Part
 from .process import Place
 from .records import Record, Verdict
@@ -38,9 +38,6 @@ class Desk(Protocol):
 
     spans: dict[int, Span]
     left: str
-
-    def tell(self, store: Store, item: str) -> int:
-        """Write an item of the news; return its number."""
 
     def place(self, span: Span | None) -> Place:
         """Say where the thread is that entered *span*."""
@@ -102,16 +99,10 @@ class Span:
     _matter: float = attrs.field(default=-1.0, init=False)
     """When the rank had last gone somewhere, at the latest look."""
     _has_told: bool = attrs.field(default=False, init=False)
-    _locator: Locator = attrs.field(
-        default=attrs.Factory(lambda self: Locator(self.part, self.control.tell), takes_self=True), init=False
-    )
+    _locator: Locator = attrs.field(default=attrs.Factory(lambda self: Locator(self.part), takes_self=True), init=False)
     _turn: int = attrs.field(default=0, init=False)
     _warnings: Iterator[float] = attrs.field(factory=lambda: iter(()), init=False)
     _warn_at: float = attrs.field(default=float("inf"), init=False)
-    _losses: Losses = attrs.field(
-        default=attrs.Factory(lambda self: Losses(self.part, self.control.tell, self.silence), takes_self=True),
-        init=False,
-    )
     _mourned: set[int] = attrs.field(factory=set, init=False)
 
     @property
@@ -137,7 +128,7 @@ class Span:
             self._tell(store, wait)
         self._read(store, wait, failed)
         is_long = wait is not None and now >= wait.start + BEATS_S
-        lost = self._losses.look(store, now, self._missing(wait)[:READ_AT_ONCE] if is_long else ())
+        lost = find_lost(self.part, store, now, self._missing(wait)[:READ_AT_ONCE] if is_long else (), self.silence)
         if self.revocation is not None and not self.is_left:
             self._free(store, now, self.revocation)
         if wait is not None:
@@ -232,7 +223,7 @@ class Span:
             if has_all(store.add(f"{part.key(mine.round)}/n", REVOKED), part.world_size):
                 revocation.postpone()
             else:
-                self.control.tell(store, f"revoked {part.life} {self.path}")
+                part.announce(store, f"revoked {part.life} {self.path}")
                 revocation.begin(now, is_at_work=self.is_idle, is_free=is_free)
 
     def _look_at_wait(self, store: Store, now: float, wait: Wait, lost: set[int]) -> None:
@@ -255,7 +246,7 @@ class Span:
         self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
         is_exit = wait.record.stage.startswith("exit")
         if self.revocation is not None and is_exit and self.part.verdict(wait, store).missing:
-            self.control.tell(store, f"revoked {self.part.life} {self.path}")  # frees those that did not come
+            self.part.announce(store, f"revoked {self.part.life} {self.path}")  # frees those that did not come
         if wait.reason or now > wait.deadline + GRACE_S:
             wait.replies.put(Decided(wait, self.part.verdict(wait, store)))
         if wait.reason:
