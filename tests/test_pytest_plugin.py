@@ -436,3 +436,92 @@ def test_rank_that_is_stuck_in_an_import_is_located_by_its_peer(tmp_path: Path) 
     assert "rank 1 of 2 missing at the exit of scope 'collection'" in run.stderr
     place = r"missing:  1  \S+ pid \d+, outside of any scope \(sleeping\)\n +File \".*test_sleeps\.py\", line 5, in <module>"
     assert re.search(place, run.stderr)
+
+
+_VARIOUS = """
+import os
+
+import pytest
+import torch.distributed as dist
+
+RANK = int(os.environ["RANK"])
+
+
+@pytest.fixture(scope="module")
+def group():
+    return dist.new_group([0, 1])
+
+
+def test_skips_and_fails():
+    if RANK == 0:
+        pytest.skip("no card")
+    assert RANK != 1, "the real bug"
+
+
+def test_fails_in_two_ways():
+    assert RANK != 0, "first"
+    raise KeyError("second")
+
+
+def test_breaks(group):
+    if RANK == 1:
+        raise ValueError("the cause")
+    dist.barrier(group)
+
+
+def test_uses_it_again(group):
+    dist.barrier(group)
+
+
+@pytest.mark.xfail(strict=True, reason="on rank 1")
+def test_fails_as_expected_on_one_rank():
+    assert RANK != 1
+"""
+
+
+@pytest.fixture(scope="module", name="various")
+def _various(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return what rank 0 prints of each test, and the summary."""
+    folder = tmp_path_factory.mktemp("various")
+    (folder / "test_various.py").write_text(_VARIOUS)
+    arguments = ("-m", "pytest", "-n0", "-rfx", "-p", "no:cacheprovider", "-p", "no:logging", SCOPES, MAKE)
+    run = run_torchrun(*arguments, world_size=2, cwd=folder, env=WIDE, expect_exit=1)
+    sections = re.split(r"^_{5,} (\S+) _{5,}$", run.stdout, flags=re.MULTILINE)
+    return {**dict(zip(sections[1::2], sections[2::2], strict=True)), "summary": run.stdout.rpartition("short test")[2]}
+
+
+def test_skip_on_one_rank_does_not_hide_a_failure_on_another(various: dict[str, str]) -> None:
+    """The failure is the headline, with its traceback."""
+    assert 'assert RANK != 1, "the real bug"' in various["test_skips_and_fails"]
+    assert "test_skips_and_fails - rank 1: AssertionError: the real bug" in various["summary"]
+
+
+def test_ranks_that_fail_in_two_ways_are_both_shown_with_a_traceback(various: dict[str, str]) -> None:
+    """The second failure follows the first, in a section of its own."""
+    text = various["test_fails_in_two_ways"]
+    assert re.search(r"^-+ rank (0|1), which failed in another way -+$", text, re.MULTILINE)
+    assert all(line in text for line in ('assert RANK != 0, "first"', 'raise KeyError("second")'))
+
+
+def test_group_of_a_fixture_that_a_revocation_has_destroyed_is_said_to_be_so(various: dict[str, str]) -> None:
+    """The report of a later test names the one that cost the group, and says where to make such groups."""
+    text = various["test_uses_it_again"]
+    assert "The group was revoked in scope 'test_various.py::test_breaks (call)', and made again" in text
+    assert "in a fixture of function scope" in text
+    assert "and made again" not in various["test_breaks"]
+
+
+def test_failure_as_expected_on_one_rank_has_its_own_reason(various: dict[str, str]) -> None:
+    """The ranks that have passed report the reason of the one that has not."""
+    assert re.search(r"^XFAIL .*test_fails_as_expected_on_one_rank - on rank 1$", various["summary"], re.MULTILINE)
+
+
+def test_make_without_a_launcher_makes_a_group_of_one(tmp_path: Path) -> None:
+    """A suite that leaves its group to the plugin runs in one process as well."""
+    (tmp_path / "test_alone.py").write_text(
+        "import torch.distributed as dist\ndef test_alone(): assert dist.get_world_size() == 1\n"
+    )
+
+    run = run_script("-m", "pytest", "-n0", "-p", "no:cacheprovider", SCOPES, MAKE, cwd=tmp_path)
+
+    assert "1 passed" in run.stdout

@@ -156,15 +156,21 @@ class Arrival(Registry):
     def _note_death(self, error: BaseException) -> str:
         """Return since which scope the group is dead, if *error* comes of that and the log has told it in full."""
         membership = self._membership
-        # By name: what a test has raised comes from the plugin as another class of that name.
-        is_runtime_error = any(each.__name__ == "RuntimeError" for each in type(error).__mro__)
-        is_end = is_runtime_error and _torch.is_end_of_gloo(message_of(error))
+        is_end = _is_a(error, "RuntimeError") and _torch.is_end_of_gloo(message_of(error))
         if membership is None or membership.renewal is not None or not is_end:
             return ""
         since, membership.dead_since = membership.dead_since, membership.dead_since or self.name
         if self._barrier is not None:
             error.add_note(_notes.still_dead(since) if since else _notes.GROUP_IS_DEAD)
         return since
+
+    def _note_what_was_destroyed(self, membership: Membership, verdict: Verdict) -> None:
+        """Say of errors on groups that are gone which scope has cost them: none, if that was this one."""
+        if membership.renewal is None or not membership.dead_since or verdict.revoked or not verdict.complete:
+            return
+        for _, error in self._failures.raised:
+            if _is_a(error, "RuntimeError", "ValueError") and _torch.is_end_of_group(message_of(error)):
+                error.add_note(_notes.made_again(membership.dead_since))
 
     def _find(self) -> None:
         """Look the group up, unless that has been found."""
@@ -193,3 +199,8 @@ class Arrival(Registry):
     def _give_up(self, reason: str) -> None:
         """End this process: what the group has of it cannot be taken back."""
         end(_notes.cannot_be_freed(self.name, reason))
+
+
+def _is_a(error: BaseException, *names: str) -> bool:
+    """Whether *error* is of a class with one of these *names*: what a test raised comes from the plugin in another one."""
+    return any(each.__name__ in names for each in type(error).__mro__)

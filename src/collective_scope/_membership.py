@@ -38,7 +38,8 @@ class Membership:
         barrier: The rank's barrier; None if it has no peers.
         renewal: The group itself, if it can be revoked and made again.
         open: The scopes on this group that have been entered and not left, outermost first.
-        dead_since: Name of the scope in which gloo closed the group's connections, which it never opens again.
+        dead_since: Name of the scope in which gloo closed the group's connections, which it never opens again; of one
+            that can be renewed, of the latest scope after which it had to be.
         store: The group's store: this object has to stay as long as the group, also where only C++ knows it.
     """
 

@@ -38,6 +38,17 @@ def still_dead(since: str) -> str:
     return f"{STILL_DEAD}{since!r}"
 
 
+MADE_AGAIN = "The group was revoked in scope "
+
+
+def made_again(since: str) -> str:
+    """Say why a group may be gone that was made before."""
+    return (
+        f"{MADE_AGAIN}{since!r}, and made again; that destroyed the groups that bodies and fixtures had made. Make in"
+        " make() what later scopes need, or make it in each scope: in pytest, in a fixture of function scope."
+    )
+
+
 def attached(exc: BaseException, phase: str, *, in_full: bool = True) -> str:
     """Mention a later error on the one that is raised."""
     kind, message = type_name(exc), message_of(exc)

@@ -131,7 +131,8 @@ def as_judged(kind: str, report: pytest.TestReport, told: list[Told], *, counts_
         counts_subtests: Whether a test fails if its subtests do; those of unittest pass all the same.
     """
     if kind == "xfailed" and _kind(report) != "xfailed":  # it passed here
-        report.outcome, report.wasxfail = "skipped", _causes(told)[0].line
+        report.outcome = "skipped"
+        report.wasxfail = next(each.line for each in _causes(told) if each.kind == "xfailed")
     elif kind == "passed" and report.failed:  # as a consequence
         report.outcome, report.longrepr = "passed", None
     if report.passed and counts_subtests and any(each.subtests for each in told):
@@ -193,9 +194,21 @@ def failed(
         _add(report, "ranks", "\n".join(map(str, ours)) if ours and lead else "")
         _add(report, "ranks", "\n".join(_outcomes(verdict)) if verdict.complete else "")
     _add(report, "notes", "\n".join(note for note in notes if note != dead))
+    for each in _causes(told):
+        _add(report, f"rank {each.rank}, which failed in another way", _failed_otherwise(each, alike, config))
     for error in local:
         _add(report, f"in addition, on rank {rank}", traceback_of(error))
     return report
+
+
+def _failed_otherwise(told: Told, alike: list[int], config: pytest.Config) -> str:
+    """Return what a rank has told of its failure; nothing for one of those that failed *alike*, or did not fail."""
+    if told.rank in alike or told.kind != "failed" or is_like_a_consequence(told.outcome):
+        return ""
+    if told.report is None:
+        return told.text
+    report: pytest.TestReport = config.hook.pytest_report_from_serializable(config=config, data=told.report)
+    return report.longreprtext
 
 
 def _as_told(
@@ -270,8 +283,9 @@ def _by_name(config: pytest.Config, subtests: list[dict[str, Any]]) -> dict[tupl
 
 
 def _causes(told: list[Told]) -> list[Told]:
-    """Return what is not a consequence of another failure; all, if all look like that."""
-    return [each for each in told if not is_like_a_consequence(each.outcome)] or told
+    """Return what is not a consequence of another failure, skips last; all, if all look like that."""
+    causes = [each for each in told if not is_like_a_consequence(each.outcome)] or told
+    return sorted(causes, key=lambda each: each.kind == "skipped")
 
 
 def _as_text(text: str) -> Any:

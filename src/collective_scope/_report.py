@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from .agreement.locate import ANSWER_S
 from .agreement.records import AFTER_REVOCATION, Outcome
 from .agreement.rounds import failures_in_order
 from .agreement.text import one_line
@@ -246,10 +247,10 @@ def _place(place: Place) -> str:
     if place.phase:
         since = f" for {place.seconds:.1f} s" if place.seconds else ""
         return f"{place.process}, {place.phase}{since}{state}"
-    why = (
-        "" if place.state == "stopped" else "; its interpreter is held by native code, or the machine cannot be reached"
-    )
-    return f"{place.process}, no answer for {place.silence:.1f} s{state}{why}"
+    if state and place.silence < ANSWER_S:  # of this machine, and asked a moment ago, or not at all
+        return f"{place.process}{state}"
+    held = "; its interpreter is held by native code, or the machine cannot be reached"
+    return f"{place.process}, no answer for {place.silence:.1f} s{state}{held * (place.state != 'stopped')}"
 
 
 def _key(place: Place) -> str:

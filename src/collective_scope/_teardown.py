@@ -208,6 +208,8 @@ class Teardown(Arrival):
         self._run_after()
         if self._failures.raised or self._failures.skipped or self.verdict is None or not self.verdict.ok:
             rank = 0 if self._barrier is None else self._barrier.rank
+            if self._membership is not None and self.verdict is not None:
+                self._note_what_was_destroyed(self._membership, self.verdict)
             self._surfaced = self._failures.surface(self.name, self.verdict, rank)
 
     def _end(self) -> None:
@@ -261,6 +263,8 @@ class Teardown(Arrival):
         is_complete = self.verdict is not None and self.verdict.complete
         if self.verdict is None or self.verdict.revoked or not is_complete:
             renewal.is_due = True
+            if self._membership is not None:
+                self._membership.dead_since = self.name
             if is_complete:
                 renewal.abandon()
 

@@ -93,6 +93,12 @@ def is_end_of_gloo(message: str) -> bool:
     return "gloo/transport" in message or has_closed(message)
 
 
+def is_end_of_group(message: str) -> bool:
+    """Whether *message* is of an error of a group that is dead, or is not in torch's books any more."""
+    unknown = "in the world group map", "Could not resolve the process group", "Invalid process group specified"
+    return any(words in message for words in unknown) or is_end_of_gloo(message)
+
+
 def has_closed(message: str) -> bool:
     """Whether *message* is of a gloo collective that found a connection closed."""
     return "caused pair closure" in message or ("gloo/transport" in message and "closed by peer" in message)

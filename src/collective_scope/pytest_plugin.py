@@ -162,9 +162,9 @@ def _read_options(world: World, given: Mapping[str, Any]) -> tuple[Any, dict[str
     if all(names.values()):
         msg = "collective_scope: group and make exclude each other"
         raise pytest.UsageError(msg)
-    if world.store is None or not names["make"]:
+    if not names["make"]:
         return named.get("group", world), options
-    store = dist.PrefixStore("make", world.store)
+    store = dist.HashStore() if world.store is None else dist.PrefixStore("make", world.store)
     return RenewableGroup(named.get("make"), store=store, rank=world.rank, world_size=world.world_size), options
 
 

@@ -58,8 +58,10 @@ def traceback_of(exc: BaseException) -> str:
     return shorten(text, TRACEBACK_LIMIT)
 
 
-_BOILERPLATE = re.compile(r"^\[\S*/gloo/\S+\] | This is typically caused by a remote worker crashing.*")
-"""Gloo's place in its own source, and its guess, which is wrong where a group was revoked."""
+_BOILERPLATE = re.compile(
+    r"^\[\S*/gloo/\S+\] |( \[\S+\]:\d+)?\. This is typically caused by a remote worker crashing.*"
+)
+"""Gloo's place in its own source, the peer's port, and a guess which is wrong where a group was revoked."""
 
 
 def one_line(kind: str, message: str) -> str:
