@@ -237,8 +237,8 @@ def test_scope_interrupted_at_the_entry_cleans_up_and_goes_on_as_itself() -> Non
     assert "left" in repr(scope)
 
 
-def test_scope_interrupted_at_the_barrier_has_no_verdict() -> None:
-    """Ctrl-C surfaces as itself after the cleanups; what this rank would not wait for, it does not know."""
+def test_scope_interrupted_at_the_barrier_says_which_rank_it_has_waited_for() -> None:
+    """Ctrl-C surfaces as itself after the cleanups; the verdict is the one that the peers get."""
     store, ran = dist.HashStore(), list[str]()
     group = RankGroup(store, 0, 2)
 
@@ -250,7 +250,9 @@ def test_scope_interrupted_at_the_barrier_has_no_verdict() -> None:
         scope.cleanup(ran.append, "cleanup")
 
     assert ["cleanup"] == ran
-    assert scope.verdict is None
+    assert scope.verdict is not None
+    assert (1,) == scope.verdict.missing
+    assert "KeyboardInterrupt" == scope.verdict.failures[0].type_name
 
 
 def test_scope_whose_store_is_gone_raises_peer_lost_for_its_host() -> None:

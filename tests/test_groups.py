@@ -490,3 +490,19 @@ def test_group_part_of_the_world_is_told_with_global_ranks(rank_pools: Callable[
     assert [None, None] == [texts[0], texts[2]]
     assert "no" == texts[3]
     assert texts[1].endswith("(global rank 3) of 2 failed in scope 's': ValueError: no")
+
+
+def test_function_that_returns_no_group_at_entry_and_exit_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A module global that nobody has set in a new process is an easy mistake, and a scope without peers is no barrier."""
+    with collective_scope(lambda: None, name="alone"):
+        pass
+
+    assert ["alone" in text and "returned None" in text for text in caplog.messages] == [True]
+
+
+def test_scope_without_a_group_in_a_process_alone_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Where nothing is distributed, a scope is a stack of cleanups."""
+    with collective_scope(name="alone"):
+        pass
+
+    assert [] == caplog.messages

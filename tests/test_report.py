@@ -529,6 +529,19 @@ def test_late_while_all_work_says_that_no_rank_has_come_and_where_all_are() -> N
     ]
 
 
+def test_late_while_all_work_in_different_scopes_says_so() -> None:
+    """Ranks that are stuck in bodies of different scopes never come to a barrier that could tell; an inner scope is none."""
+    where = {
+        rank: attrs.evolve(_place(frames=""), scope=scope) for rank, scope in enumerate(["0 ep4", "0 ep4/0 in", "1 b"])
+    }
+    facts = _verdict(3, arrived=(), missing=(0, 1, 2), where=where)
+    within = attrs.evolve(facts, where={0: where[0], 1: where[1]})
+
+    apart = f"  The ranks are in different scopes. {_report.MISMATCH_ADVICE}"
+    assert _report.late("working", facts, 0, 10.0, {}).endswith(apart)
+    assert "different scopes" not in _report.late("working", within, 0, 10.0, {})
+
+
 def test_gone_rank_is_told_to_one_in_its_body_with_what_became_of_it() -> None:
     """A process that vanished is told with its end, to a rank that does not wait for it yet."""
     facts = _verdict(2, lost=(1,), where={1: Place(_HERE, "exited (killed by SIGKILL)")})

@@ -96,6 +96,14 @@ def group_came_and_went(scope: str) -> str:
     )
 
 
+def there_was_no_group(scope: str) -> str:
+    """Warn that a scope had no peers although it was to have some."""
+    return (
+        f"scope {scope!r}: the function that was given as its group returned None, at the entry and at the exit, and"
+        " there is no default group. This rank has left alone."
+    )
+
+
 def group_was_destroyed(scope: str) -> str:
     """Warn that a group is not there any more, although its barrier works."""
     return f"scope {scope!r}: the process group was destroyed in the body; the barrier goes over its store"

@@ -16,7 +16,7 @@ import attrs
 import pytest
 
 from ._notes import STILL_DEAD
-from ._report import _numbers, _outcomes, is_like_a_consequence
+from ._report import _numbers, _outcomes, is_like_a_consequence, missing
 from .agreement.records import Outcome, Verdict
 from .agreement.rounds import failures_in_order
 from .agreement.text import MESSAGE_LIMIT, message_of, one_line, shorten, traceback_of
@@ -192,7 +192,8 @@ def failed(
         else:
             name_ranks(report, alike, line)
         _add(report, "ranks", "\n".join(map(str, ours)) if ours and lead else "")
-        _add(report, "ranks", "\n".join(_outcomes(verdict)) if verdict.complete else "")
+        facts = "\n".join(_outcomes(verdict)) if verdict.complete else missing(verdict) if verdict.missing else ""
+        _add(report, "ranks", "" if ours and not verdict.complete else facts)
     _add(report, "notes", "\n".join(note for note in notes if note != dead))
     for each in _causes(told):
         _add(report, f"rank {each.rank}, which failed in another way", _failed_otherwise(each, alike, config))

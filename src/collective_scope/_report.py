@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .agreement.locate import ANSWER_S
 from .agreement.records import AFTER_REVOCATION, Outcome
-from .agreement.rounds import failures_in_order
+from .agreement.rounds import failures_in_order, is_around
 from .agreement.text import one_line
 
 
@@ -140,7 +140,16 @@ def late(what: str, verdict: Verdict, rank: int, seconds: float, said: dict[int,
     )
     if same:
         lines.append(f"  {_ranks(verdict, sorted(same))}: still where {'it was' if len(same) == 1 else 'they were'}")
+    if what == "working" and not same and _are_apart(rank, verdict.where):
+        lines.append(f"  The ranks are in different scopes. {MISMATCH_ADVICE}")
     return "\n".join(lines)
+
+
+def _are_apart(rank: int, where: Mapping[int, Place]) -> bool:
+    """Whether a rank is in a scope that is neither that of *rank*, nor around it, nor within it."""
+    mine = where[rank].scope if rank in where else ""
+    others = {place.scope for place in where.values()} - {mine, ""}
+    return bool(mine) and any(not is_around(mine, each) and not is_around(each, mine) for each in others)
 
 
 def gone(verdict: Verdict, rank: int, seconds: float) -> str:

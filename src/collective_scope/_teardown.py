@@ -137,6 +137,8 @@ class Teardown(Arrival):
                 self._has_lost_its_group = True
             elif self._group is None and _torch.has_appeared(self._trace):
                 logger.warning("%s", _notes.group_came_and_went(self.name))
+            elif callable(self._group):
+                logger.warning("%s", _notes.there_was_no_group(self.name))
             return
         if self._is_late and not self._path and (barrier := self._barrier) is not None:
             # The scopes that were within this one do not count any more.

@@ -19,6 +19,9 @@ from .text import one_line, type_name
 from .wait import FIRST_LOOK_S, GRACE_S, Decided, Wait
 
 
+__tracebackhide__ = True
+"""Where pytest leaves frames out: they tell nothing of a test."""
+
 STOP_S = 0.4
 """How long a rank that is interrupted waits until its peers have been told."""
 
@@ -191,7 +194,8 @@ class Barrier:
             wait.record = attrs.evolve(wait.record, outcome=Outcome.of(interrupt, "barrier"))
         self._leave_behind(wait, f"rank {self.rank} stopped waiting at the barrier")
         reply = self._taken(next_reply(wait.replies, time.monotonic() + STOP_S), wait)
-        self.in_step = isinstance(reply, Verdict) and reply.complete
+        if isinstance(reply, Verdict):
+            wait.reply = self._note(reply, wait.record)
 
     def _leave_behind(self, wait: Wait, reason: str) -> None:
         """Have the control thread write the verdict; leave the store thread alone, which waits for it."""

@@ -25,6 +25,9 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from .sockets import connected_sockets, cut
 
 
+__tracebackhide__ = True
+"""Where pytest leaves frames out: they tell nothing of a test."""
+
 Job = Callable[[Store], Any]
 """Given the thread's store."""
 
