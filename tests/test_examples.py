@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_script
+from tests.ranks import run_script, run_torchrun
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -226,3 +226,26 @@ def test_vllm_whose_rank_fails_in_one_configuration_has_right_verdicts_in_all() 
         assert 2 == len(made[1].split(", "))
     assert "  rank 1, body: ValueError: injected before the collectives" in result.stdout.splitlines()
     assert "11 passed, 1 failed in " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("world_size", "broken", "line"),
+    [
+        pytest.param(2, "", "3 passed", id="two-ranks"),
+        pytest.param(2, "1", "1 failed, 2 passed", id="one-of-two-broken"),
+        pytest.param(1, "", "3 passed", id="no-launcher"),
+    ],
+)
+def test_pytest_torchrun_costs_one_test_a_failure(world_size: int, broken: str, line: str) -> None:
+    """The suite to copy for the plugin: one that fails before its collectives costs one test, and it runs alone."""
+    command = ("-m", "pytest", "-p", "no:cacheprovider", EXAMPLES / "pytest_torchrun")
+    env = {"BREAK_RANK": broken}
+    code = 1 if broken else 0
+
+    if world_size == 1:
+        result = run_script(*command, env=env, expect_exit=code)
+    else:
+        result = run_torchrun(*command, world_size=world_size, env=env, expect_exit=code)
+
+    assert re.search(rf"=+ {line} in ", result.stdout)
+    assert bool(re.search("^E +ValueError: shapes differ$", result.stdout, re.MULTILINE)) == bool(broken)
