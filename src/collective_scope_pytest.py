@@ -30,6 +30,8 @@ _VALUES = {
     "make": ("NAME", "a function that makes a group anew after a failure, for RenewableGroup; auto: the default group"),
 }
 
+_OPTIONS = [*_FLAGS, *(f"collective_scope_{name}" for name in _VALUES)]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; each can stand in the configuration, too."""
@@ -52,8 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the plugin if some tests are to run in scopes."""
-    if _PLUGIN not in session.config.stash and any(map(asks_for_scopes, session.items)):
-        _start(session.config, everywhere=False)
+    config = session.config
+    if _PLUGIN in config.stash:
+        return
+    if any(map(asks_for_scopes, session.items)):
+        _start(config, everywhere=False)
+    elif given := [_option(name) for name in _OPTIONS if config.getoption(name) is not None]:
+        text = f"{', '.join(given)} without --collective-scope: no test runs in a scope"
+        config.issue_config_time_warning(pytest.PytestConfigWarning(text), stacklevel=2)
 
 
 @pytest.fixture(name="collective_scope")

@@ -473,6 +473,10 @@ def test_uses_it_again(group):
     dist.barrier(group)
 
 
+def test_makes_the_group_itself():
+    dist.init_process_group("gloo")
+
+
 @pytest.mark.xfail(strict=True, reason="on rank 1")
 def test_fails_as_expected_on_one_rank():
     assert RANK != 1
@@ -511,6 +515,11 @@ def test_group_of_a_fixture_that_a_revocation_has_destroyed_is_said_to_be_so(var
     assert "and made again" not in various["test_breaks"]
 
 
+def test_default_group_that_a_test_makes_itself_is_said_to_be_there(various: dict[str, str]) -> None:
+    """A suite that has left its own init_process_group in is told what to do with it."""
+    assert "The RenewableGroup has made the default group already" in various["test_makes_the_group_itself"]
+
+
 def test_failure_as_expected_on_one_rank_has_its_own_reason(various: dict[str, str]) -> None:
     """The ranks that have passed report the reason of the one that has not."""
     assert re.search(r"^XFAIL .*test_fails_as_expected_on_one_rank - on rank 1$", various["summary"], re.MULTILINE)
@@ -525,3 +534,13 @@ def test_make_without_a_launcher_makes_a_group_of_one(tmp_path: Path) -> None:
     run = run_script("-m", "pytest", "-n0", "-p", "no:cacheprovider", SCOPES, MAKE, cwd=tmp_path)
 
     assert "1 passed" in run.stdout
+
+
+def test_options_without_scopes_are_warned_of(tmp_path: Path) -> None:
+    """An option that has no effect is a mistake: --collective-scope was forgotten."""
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
+
+    run = run_script("-m", "pytest", "-n0", "-p", "no:cacheprovider", MAKE, cwd=tmp_path)
+
+    assert "--collective-scope-make without --collective-scope: no test runs in a scope" in run.stdout
+    assert "1 passed, 1 warning" in run.stdout

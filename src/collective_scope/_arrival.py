@@ -164,13 +164,15 @@ class Arrival(Registry):
             error.add_note(_notes.still_dead(since) if since else _notes.GROUP_IS_DEAD)
         return since
 
-    def _note_what_was_destroyed(self, membership: Membership, verdict: Verdict) -> None:
-        """Say of errors on groups that are gone which scope has cost them: none, if that was this one."""
-        if membership.renewal is None or not membership.dead_since or verdict.revoked or not verdict.complete:
-            return
-        for _, error in self._failures.raised:
-            if _is_a(error, "RuntimeError", "ValueError") and _torch.is_end_of_group(message_of(error)):
+    def _note_whose_group_it_is(self, membership: Membership, verdict: Verdict) -> None:
+        """Say of errors on groups that are gone which scope has cost them, and of a group made twice who has made it."""
+        is_here = verdict.revoked or not verdict.complete
+        for _, error in self._failures.raised if membership.renewal is not None else ():
+            message = message_of(error) if _is_a(error, "RuntimeError", "ValueError") else ""
+            if membership.dead_since and not is_here and _torch.is_end_of_group(message):
                 error.add_note(_notes.made_again(membership.dead_since))
+            if _torch.is_made_twice(message):
+                error.add_note(_notes.MADE_TWICE)
 
     def _find(self) -> None:
         """Look the group up, unless that has been found."""

@@ -38,6 +38,11 @@ def still_dead(since: str) -> str:
     return f"{STILL_DEAD}{since!r}"
 
 
+MADE_TWICE = (
+    "The RenewableGroup has made the default group already: leave this call out, or pass a function with it as make"
+    " (in pytest: --collective-scope-make package.module:function)."
+)
+
 MADE_AGAIN = "The group was revoked in scope "
 
 

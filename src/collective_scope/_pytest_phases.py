@@ -19,7 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from ._api import collective_scope
-from ._notes import GROUP_IS_DEAD, MADE_AGAIN, NOT_RUN, STILL_DEAD
+from ._notes import GROUP_IS_DEAD, MADE_AGAIN, MADE_TWICE, NOT_RUN, STILL_DEAD
 from ._pytest_reports import as_judged, failed, hear, judge, name_ranks, subtests_elsewhere, tell, telling
 from ._pytest_terminal import Terminal
 from ._scope import CollectiveScope
@@ -30,7 +30,7 @@ from .exceptions import RevokedInterrupt
 __tracebackhide__ = True
 """Where pytest leaves frames out: they tell nothing of a test."""
 
-_TOLD = (NOT_RUN, GROUP_IS_DEAD, STILL_DEAD, MADE_AGAIN)
+_TOLD = (NOT_RUN, GROUP_IS_DEAD, STILL_DEAD, MADE_AGAIN, MADE_TWICE)
 """What notes begin with that a report has."""
 
 _ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

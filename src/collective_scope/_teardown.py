@@ -211,7 +211,7 @@ class Teardown(Arrival):
         if self._failures.raised or self._failures.skipped or self.verdict is None or not self.verdict.ok:
             rank = 0 if self._barrier is None else self._barrier.rank
             if self._membership is not None and self.verdict is not None:
-                self._note_what_was_destroyed(self._membership, self.verdict)
+                self._note_whose_group_it_is(self._membership, self.verdict)
             self._surfaced = self._failures.surface(self.name, self.verdict, rank)
 
     def _end(self) -> None:

@@ -99,6 +99,11 @@ def is_end_of_group(message: str) -> bool:
     return any(words in message for words in unknown) or is_end_of_gloo(message)
 
 
+def is_made_twice(message: str) -> bool:
+    """Whether *message* is of ``init_process_group``, where there is a default group."""
+    return "initialize the default process group twice" in message
+
+
 def has_closed(message: str) -> bool:
     """Whether *message* is of a gloo collective that found a connection closed."""
     return "caused pair closure" in message or ("gloo/transport" in message and "closed by peer" in message)

@@ -149,6 +149,7 @@ def _do(me: Actor, what: Callable[[Actor], object]) -> None:
 
 
 def _kill(me: Actor) -> None:
+    me.wait_until_known()
     me.begin()
     os.kill(os.getpid(), signal.SIGKILL)
 

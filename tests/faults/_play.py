@@ -362,6 +362,11 @@ class Actor:
         for rank in self.fault.culprits:
             here().wait_for(f"fault-{rank}")
 
+    def wait_until_known(self) -> None:
+        """Return when the store has which process this rank is: until then its peers cannot see that it ends."""
+        while self.mechanism == "scope" and self._record(self._view(), self.rank) is None:
+            time.sleep(_POLL_S)  # A key cannot be waited for until it changes.
+
     def wait_until_left(self, rank: int) -> None:
         """Return when *rank* has left the first scope."""
         here().wait_for(f"left-fault-{rank}")

@@ -41,8 +41,8 @@ HEAD = """\
 # What goes wrong, and what each rank sees of it
 
 Written by `python -m tests.faults.table`, which plays every fault with real processes over gloo on one machine
-({machine}): {runs} times with a scope, {runs} times with `dist.barrier()` in the `finally` that people write today,
-and {runs} times with `dist.monitored_barrier()` there. All three have the same `timeout=`, 2 s for most.
+({machine}): with a scope, with `dist.barrier()` in the `finally` that people write today, and with
+`dist.monitored_barrier()` there; runs of each: {runs}. All three have the same `timeout=`, 2 s for most.
 
 * **What each rank saw** is the exception that left the scope, with the ranks that it names, or how the process ended.
   `hangs`: still there {grace:.0f} seconds after the last deadline, and killed by the harness.
