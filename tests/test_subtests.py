@@ -202,9 +202,9 @@ def test_subtests_beyond_max_failures_are_not_run(pool: RankPool) -> None:
     for seen, ran in values(pool.run(_skip_early, timeout=60.0)):
         assert {"a": "failed", "b": "not run", "c": "not run"} == _statuses(seen)
         assert ["a"] == ran
-        assert "1 subtests have failed, and max_failures=1" == seen.results[1][2]
+        assert "1 subtest has failed, and max_failures=1" == seen.results[1][2]
     assert (
-        "not run: 2 subtests, because 1 subtests have failed"
+        "not run: 2 subtests, because 1 subtest has failed"
         in values(pool.run(_skip_early, timeout=60.0))[0][0].printed
     )
 
@@ -446,6 +446,7 @@ def test_summary_of_a_subtest_that_lost_a_rank_names_that_first() -> None:
     lines = summary([result], 1.0, "").splitlines()
 
     assert ["FAILED a", "  rank 1 is gone"] == lines[:2]
+    assert "  rank 0, body: RuntimeError: Connection closed by peer (a consequence)" == lines[2]
     assert "  rank 2 did not come" == lines[3]
     assert (0, outcome) == result.cause
 

@@ -217,7 +217,8 @@ class RenewableGroup:
         """
         Have the NCCL communicators made; all ranks do so at the same time, when all have made the group.
 
-        Not in `renew`: the peers of a rank whose *make* fails would wait there, and could not be freed.
+        Not in `renew`: the peers of a rank whose *make* fails would wait there, and could not be freed. Nor can
+        those of a rank whose device fails just here; ``kill_after`` ends them.
         """
         connect_nccl(self._groups)
 

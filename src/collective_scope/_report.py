@@ -68,7 +68,9 @@ def peers_failed(verdict: Verdict) -> str:
 
 def missing(verdict: Verdict) -> str:
     """Say which ranks did not come to the barrier, and where they are."""
-    still = "" if verdict.timeout else "still "  # an entry that is refused at once has waited for nobody
+    # An entry that is refused at once has waited for nobody, and an earlier refusal has said where the ranks are.
+    is_refused_again = verdict.stage.startswith("entry") and not verdict.timeout and not verdict.reason
+    still = "still " * is_refused_again
     who = "no agreement"
     if verdict.missing:
         who = f"{_ranks(verdict, verdict.missing)} of {verdict.world_size} {still}missing"
@@ -76,8 +78,10 @@ def missing(verdict: Verdict) -> str:
     cause = f"; before that, rank {failures[0][0]} failed: {_told(failures[0][1])}" if failures else ""
     since = f" after {verdict.timeout:.1f} s" if verdict.timeout else ""
     head = f"{who}{_at(verdict)}{since}{cause}"
-    lines = [head, *_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
-    lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}." if verdict.reason else f"  {MISSING_ADVICE}")
+    lines = [head]
+    if not is_refused_again:
+        lines += [*_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
+        lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}." if verdict.reason else f"  {MISSING_ADVICE}")
     lines += [f"{line} Not every rank has left the scope before it." for line in _not_run(verdict)]
     return "\n".join(lines)
 

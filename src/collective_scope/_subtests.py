@@ -181,7 +181,8 @@ class Subtests:
         if waited > self._budget:
             return f"ranks have waited {waited:.0f} s for others, more than budget={self._budget:.0f} s"
         if self._max_failures is not None and failures >= self._max_failures:
-            return f"{failures} subtests have failed, and max_failures={self._max_failures}"
+            have = "subtest has" if failures == 1 else "subtests have"
+            return f"{failures} {have} failed, and max_failures={self._max_failures}"
         return ""
 
     def _note(self, result: SubtestResult) -> None:
@@ -228,7 +229,8 @@ class Subtest:
         except Exception as refusal:
             self.result.error, self.result.verdict = refusal, scope.verdict
             cause = self.result.cause
-            why = told(*cause) if cause is not None else str(refusal).splitlines()[0]
+            head = str(refusal).splitlines()[0].replace(f" at the entry of scope {self.result.id!r}", "")
+            why = told(*cause) if cause is not None else head  # the same for all subtests that follow
         if why:
             self.result.status, self.result.reason = "not run", why
             self._skip_block(sys._getframe(1))  # noqa: SLF001  (documented)

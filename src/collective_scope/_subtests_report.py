@@ -110,9 +110,10 @@ def _subtests(count: int) -> str:
 def _failure(result: SubtestResult, rerun: str) -> list[str]:
     lines = [f"FAILED {result.id}{f': {result.reason}' if result.reason else ''}"]
     ordered = failures_in_order(result.failures)
+    is_of_lost = result.verdict is not None and bool(result.verdict.lost)
     for place, (rank, outcome) in enumerate(ordered):
         line = f"  {told(rank, outcome)}"
-        if place and is_like_a_consequence(outcome):
+        if (place or is_of_lost) and is_like_a_consequence(outcome):
             line += " (a consequence)"
         lines.append(line)
         where = _place(outcome)
