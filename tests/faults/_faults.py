@@ -149,13 +149,31 @@ def _do(me: Actor, what: Callable[[Actor], object]) -> None:
 
 
 def _kill(me: Actor) -> None:
-    me.wait_until_known()
+    if me.fault.first:
+        me.wait_until_known()
     me.begin()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _kill_in_body(me: Actor) -> None:
     _do(me, _kill)
+
+
+def _kill_host(me: Actor) -> None:
+    """Have the first culprit kill all of them, so quickly that none can tell of another."""
+    if not me.is_culprit:
+        return
+    me.wait_for_peers()
+    first, *others = me.fault.culprits
+    if me.rank != first:
+        me.begin()
+        here().wait_for("never")
+    for rank in others:
+        here().wait_for(f"fault-{rank}")
+    pids = [me.pid(rank) for rank in others]
+    me.begin()
+    for pid in (*pids, os.getpid()):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _kill_in_body_and_reap(me: Actor) -> None:
@@ -1283,7 +1301,7 @@ FAULTS = (
     ),
     Fault(
         "SIGKILL of all ranks of the other host",
-        _kill_in_body,
+        _kill_host,
         attrs.evolve(_SILENT, says=("ranks 2 and 3 of", "no answer", "the machine cannot be reached")),
         culprits=(2, 3),
         next_survivor=_SILENT,
