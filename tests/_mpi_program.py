@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from collective_scope import collective_scope
 
 
 COMM = MPI.COMM_WORLD
+PATIENCE_S = 10.0
 RANK = COMM.Get_rank()
 SIZE = COMM.Get_size()
 
@@ -90,6 +92,9 @@ def freed() -> Any:
         with collective_scope(copy, name="copy"):
             pass
         copy.Free()
+    until = time.monotonic() + PATIENCE_S
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)  # Free() waits for the threads for half a second.
     return threading.active_count() - before
 
 

@@ -204,8 +204,7 @@ def test_subtests_beyond_max_failures_are_not_run(pool: RankPool) -> None:
         assert ["a"] == ran
         assert "1 subtest has failed, and max_failures=1" == seen.results[1][2]
     assert (
-        "not run: 2 subtests, because 1 subtest has failed"
-        in values(pool.run(_skip_early, timeout=60.0))[0][0].printed
+        "not run: 2 subtests, because 1 subtest has failed" in values(pool.run(_skip_early, timeout=60.0))[0][0].printed
     )
 
 
