@@ -465,6 +465,39 @@ def test_world_frees_a_rank_that_is_stuck_in_a_group_that_its_peer_has_destroyed
         assert [("", 1.0)] * 3 == [tuple(seen[number]) for number in (0, 2, 3)], seen
 
 
+def _time_limit_of_its_own(rank: int, world_size: int, how: str) -> list[tuple[str, Any]]:
+    store = _store(f"time limit, {how}")
+
+    def make(own: dist.Store) -> None:
+        limit = timedelta(seconds=1)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world_size, timeout=limit)
+
+    world = RenewableGroup(make, store=store, rank=rank, world_size=world_size)
+
+    def fail() -> None:
+        if how == "sleeps" and rank == 1:
+            here().wait_for("limit")
+        elif how == "sleeps":
+            try:
+                _sum_of_ranks()
+            finally:
+                here().announce("limit")
+        else:
+            dist.recv(torch.zeros(1), src=1 - rank)  # each waits for the other
+
+    seen = _in_scopes(world, [_sum_of_ranks, fail, _sum_of_ranks, _sum_of_ranks])
+    world.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("how", ["deadlock", "sleeps"])
+def test_world_whose_group_ended_by_its_own_time_limit_is_made_again(how: str, run_on: Run) -> None:
+    """If all ranks come back by themselves, nobody is stuck, but no collective works on that group any more."""
+    for seen in run_on(2, _time_limit_of_its_own, how):
+        assert seen[1][0] in ("RuntimeError", "PeerFailedError"), seen
+        assert [("", 1.0)] * 3 == [tuple(seen[number]) for number in (0, 2, 3)], seen
+
+
 def _two_worlds(rank: int, world_size: int) -> list[float]:
     sums = []
     for _ in range(2):

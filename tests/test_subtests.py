@@ -27,8 +27,9 @@ from collective_scope import (
     collective_scope,
     current_scope,
 )
+from collective_scope._notes import NOT_RUN
 from collective_scope._subtest_result import ExpectedFailure, judge_subtest
-from collective_scope._subtests_report import summary
+from collective_scope._subtests_report import summary, write_junit
 from tests.ranks import RankPool, here, values
 
 
@@ -496,6 +497,28 @@ def test_subtests_write_what_ci_servers_and_perfetto_read(pool: RankPool, tmp_pa
         mine = [event for event in slices if event["pid"] == rank]
         assert [f"subtest-{number}" for number in range(4)] == [e["name"] for e in mine if e["cat"] == "body"]
         assert {"body", "waiting", "cleanup", "renewal"} <= {event["cat"] for event in mine}
+
+
+def test_junit_of_subtests_of_which_none_failed_and_some_did_not_run_is_not_green(tmp_path: Path) -> None:
+    """A rank that is lost between two subtests fails none of them; those that read failures and errors must see it."""
+    passed, lost = SubtestResult("a", "passed"), [SubtestResult(id_, "not run", "rank 1 is gone") for id_ in "bc"]
+    write_junit([passed, *lost], str(tmp_path / "junit.xml"), "suite")
+
+    suite = ET.parse(tmp_path / "junit.xml").getroot()[0]  # noqa: S314  (our own file)
+    assert {"failures": "0", "errors": "1", "skipped": "1"}.items() <= suite.attrib.items()
+    error = suite[1].find("error")
+    assert error is not None
+    assert "not run: rank 1 is gone" == error.attrib["message"]
+
+
+def test_summary_names_cleanups_that_did_not_run() -> None:
+    """A collective cleanup that a revocation has cost is in the summary, as on the exception."""
+    error = ValueError("no")
+    error.add_note(f"{NOT_RUN}cleanup 'free' (registered at a.py:1).")
+    outcome = Outcome("body", "ValueError", "no", order=1)
+    result = SubtestResult("a", "failed", error=error, verdict=Verdict("scope", 2, (0, 1), outcomes={0: outcome}))
+
+    assert f"  {NOT_RUN}cleanup 'free' (registered at a.py:1)." in summary([result], 1.0, "").splitlines()
 
 
 def test_subtests_on_one_rank_write_a_trace_without_a_store(tmp_path: Path) -> None:

@@ -81,6 +81,6 @@ def judge_subtest(error: BaseException | None, verdict: Verdict | None) -> tuple
 
 
 def _kind(outcome: Outcome) -> Status:
-    if outcome.type_name.endswith(ExpectedFailure.__name__):
+    if outcome.type_name.endswith((ExpectedFailure.__name__, "XFailed")):  # the second is pytest's
         return "xfailed"
     return "skipped" if outcome.is_skip else "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import unittest
@@ -230,6 +231,7 @@ class Subtest:
             self.result.error, self.result.verdict = refusal, scope.verdict
             cause = self.result.cause
             head = str(refusal).splitlines()[0].replace(f" at the entry of scope {self.result.id!r}", "")
+            head = re.sub(r" after [\d.]+ s", "", head)
             why = told(*cause) if cause is not None else head  # the same for all subtests that follow
         if why:
             self.result.status, self.result.reason = "not run", why

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ._notes import NOT_RUN
 from ._report import is_like_a_consequence
 from ._subtest_result import told
 from .agreement.part import POLL_S
@@ -125,6 +126,8 @@ def _failure(result: SubtestResult, rerun: str) -> list[str]:
         lines[1:] = [*gone, *lines[1:], *late]
     if not ordered and result.error is not None:
         lines += [f"  {line}" for line in str(result.error).splitlines()]
+    notes = getattr(result.error, "__notes__", ())
+    lines += [f"  {note}" for note in notes if note.startswith(NOT_RUN)]
     if rerun:
         lines.append(f"  again: {rerun.format(id=result.id)}")
     return lines
@@ -143,13 +146,15 @@ def write_junit(results: Sequence[SubtestResult], path: str, name: str) -> None:
     from xml.etree import ElementTree as ET  # noqa: PLC0415  (few need it, and it is slow to import)
 
     counts = Counter(result.status for result in results)
+    # If nothing has failed, and yet not all have run, a reader of failures and errors must see it.
+    errors = [result for result in results if result.status == "not run" and not counts["failed"]][:1]
     suite = ET.Element(
         "testsuite",
         name=name,
         tests=str(len(results)),
         failures=str(counts["failed"]),
-        errors="0",
-        skipped=str(counts["skipped"] + counts["xfailed"] + counts["not run"]),
+        errors=str(len(errors)),
+        skipped=str(counts["skipped"] + counts["xfailed"] + counts["not run"] - len(errors)),
         time=f"{sum(result.seconds for result in results):.3f}",
     )
     for result in results:
@@ -160,7 +165,8 @@ def write_junit(results: Sequence[SubtestResult], path: str, name: str) -> None:
             tracebacks = [outcome.traceback for _, outcome in failures_in_order(result.failures)]
             failure.text = _printable("\n".join([*lines, *tracebacks]))
         elif result.status != "passed":
-            ET.SubElement(case, "skipped", message=_printable(f"{result.status}: {result.reason}"))
+            kind = "error" if result in errors else "skipped"
+            ET.SubElement(case, kind, message=_printable(f"{result.status}: {result.reason}"))
     root = ET.Element("testsuites")
     root.append(suite)
     ET.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)

@@ -370,6 +370,17 @@ def test_failures_in_order_begin_with_the_one_published_first(orders: list[int],
     ]
 
 
+def test_failures_in_order_begin_with_the_rank_that_kept_others_waiting_if_they_know_no_other_cause() -> None:
+    """A rank that hangs is interrupted after its peers have run into a time limit; with a true cause it comes last."""
+    timed_out = attrs.evolve(_FAILED, type_name="RuntimeError", message="Timed out waiting 4000ms", order=1)
+    hung = attrs.evolve(_FAILED, type_name="collective_scope.RevokedInterrupt", message="ended at a.py:3", order=2)
+
+    assert [1, 0] == [rank for rank, _ in failures_in_order({0: timed_out, 1: hung})]
+    assert [0, 2, 1] == [
+        rank for rank, _ in failures_in_order({0: timed_out, 1: hung, 2: attrs.evolve(_FAILED, order=3)})
+    ]
+
+
 def test_failures_in_order_end_with_those_that_pass_on_a_peers() -> None:
     """A rank that has heard of a failure in a scope within may tell of it before the rank that failed."""
     passed_on = attrs.evolve(_FAILED, type_name="collective_scope.PeerFailedError", order=1)

@@ -24,8 +24,7 @@ from .process import Place
 from .records import OK, Listed, Outcome, Record, Verdict, all_well, everyone
 
 
-_ECHOES = ("PeerFailedError", "RevokedInterrupt")
-"""Errors of this library that a rank has because another one failed."""
+_INTERRUPT = "RevokedInterrupt"
 
 _HUNG_UP = re.compile(r"connection (was )?(closed|reset) by|broken pipe", re.IGNORECASE)
 """The words of an error that a rank has because its peer has closed the connection."""
@@ -238,15 +237,22 @@ def failures_in_order(outcomes: Mapping[int, Outcome]) -> list[tuple[int, Outcom
     Return the failures among *outcomes*, the one that was published first at the top.
 
     A rank may fail because of a peer before that tells of its own failure: a scope within has told it, or the
-    peer has closed a connection on its way out. Such failures come last.
+    peer has closed a connection on its way out. Such failures come last. But if all others have just run into a
+    time limit, or heard of that, a rank whose body had to be interrupted has kept them waiting, and comes first.
     """
+    failed = [(rank, outcome) for rank, outcome in outcomes.items() if not outcome.ok]
+    is_hang = all(_is_echo(outcome) or "timed out" in outcome.message.lower() for _, outcome in failed)
 
-    def key(item: tuple[int, Outcome]) -> tuple[bool, bool, int, int]:
+    def key(item: tuple[int, Outcome]) -> tuple[bool, bool, bool, int, int]:
         rank, outcome = item
-        is_echo = outcome.type_name.endswith(_ECHOES) or _HUNG_UP.search(outcome.message) is not None
-        return is_echo, not outcome.order, outcome.order, rank
+        is_first = is_hang and outcome.type_name.endswith(_INTERRUPT)
+        return not is_first, _is_echo(outcome), not outcome.order, outcome.order, rank
 
-    return sorted(((rank, outcome) for rank, outcome in outcomes.items() if not outcome.ok), key=key)
+    return sorted(failed, key=key)
+
+
+def _is_echo(outcome: Outcome) -> bool:
+    return outcome.type_name.endswith((_INTERRUPT, "PeerFailedError")) or _HUNG_UP.search(outcome.message) is not None
 
 
 def _to_compare(listed: tuple[Listed, ...]) -> tuple[tuple[str, str], ...]:
