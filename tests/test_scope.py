@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import gc
 import logging
+import sys
 import threading
 import time
 import unittest
@@ -1527,6 +1528,8 @@ def test_lockstep_gc_collects_the_garbage_of_the_body_before_the_cleanups(*, fai
         references.append(weakref.ref(thing))
         in_a_frame = _Thing()
         references.append(weakref.ref(in_a_frame))
+        # Up to CPython 3.12, that leaves a copy of the locals in the frame.
+        assert "in_a_frame" in sys._getframe().f_locals  # noqa: SLF001  (documented; pytest looks at locals, too)
         if failing:
             try:
                 raise _BodyError  # noqa: TRY301  (raised into the scope under test)

@@ -174,6 +174,10 @@ class Registry:
         before all have arrived. If a rank is missing, it stays until the
         process ends. A registered bound method holds its object too.
 
+        The traceback of a failure also keeps what the body refers to, on that
+        rank, for a time that no other rank knows. If the object's destructor is
+        a collective, use ``lockstep_gc=True``, which clears those frames.
+
         Raises:
             RuntimeError: If the scope has been left.
         """

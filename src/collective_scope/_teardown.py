@@ -124,6 +124,10 @@ class Teardown(Arrival):
             if error is not None and id(error) not in seen:
                 seen.add(id(error))
                 traceback.clear_frames(error.__traceback__)
+                for frame, _ in traceback.walk_tb(error.__traceback__):
+                    # Up to CPython 3.12, one who has looked at the locals, as pytest does, has left a copy in the
+                    # frame; looking again makes it what they are now.
+                    len(frame.f_locals)
                 chain += [error.__cause__, error.__context__, *(_members(error))]
         gc.collect()
 

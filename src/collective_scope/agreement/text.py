@@ -58,9 +58,7 @@ def traceback_of(exc: BaseException) -> str:
     return shorten(text, TRACEBACK_LIMIT)
 
 
-_BOILERPLATE = re.compile(
-    r"^\[\S*/gloo/\S+\] |( \[\S+\]:\d+)?\. This is typically caused by a remote worker crashing.*"
-)
+_BOILERPLATE = re.compile(r"^\[\S*/gloo/\S+\] |( \[\S+\]:\d+)?\. This is typically caused by a remote worker .*")
 """Gloo's place in its own source, the peer's port, and a guess which is wrong where a group was revoked."""
 
 
