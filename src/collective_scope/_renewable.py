@@ -48,10 +48,10 @@ class RenewableGroup:
 
     * The first scope that is entered makes the group, on all ranks together; it is kept as long as
       scopes succeed, and also after a failure if all ranks come to the exit within *grace*: then no
-      rank is stuck.
+      rank is stuck. It is not kept if it cannot work any more: after a time limit of its own, for example.
     * Otherwise the group is revoked: a rank that is stuck in a collective comes back within a
       second, with an error or with wrong values. Its body is interrupted if it goes on, and the
-      scope fails on every rank.
+      scope fails on every rank. The same becomes of ranks that do not come within the scope's *timeout*.
     * The next scope destroys the old group and makes a new one, on all ranks together.
 
     Collective:

@@ -1,7 +1,8 @@
 """
-Free a rank that is stuck because a peer failed: revoke the group, then interrupt the body.
+Free a rank that is stuck: revoke the group, then interrupt the body.
 
-The group is revoked when a rank has failed and not all have come to the barrier after a grace. Each
+The group is revoked when a rank has failed and not all have come to the barrier after a grace, and
+when those that wait there have given up on the others. Each
 rank revokes its own end, on a thread of its own, because that may take a second or hang. A body that
 goes on then, with wrong values or waiting for what will not come, is interrupted.
 """
