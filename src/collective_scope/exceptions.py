@@ -99,7 +99,9 @@ class CleanupMismatchError(CollectiveScopeError):
 
 class RevokedInterrupt(BaseException):
     """
-    Raised in the body of a rank whose group was revoked, if it goes on; its scope then raises `PeerFailedError`.
+    Raised in the body of a rank whose group was revoked, if it goes on.
+
+    Its scope then raises `PeerFailedError`, or `BarrierTimeoutError` if the peers gave it up.
 
     Not an ``Exception``: a body that catches those must not go on with wrong values.
     """

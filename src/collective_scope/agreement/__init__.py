@@ -25,8 +25,9 @@ exit each rank calls ``arrive`` with a `Record` that says ``arrived``, and goes 
 have collective cleanups left, they meet again after each: ``exit``, ``exit 2``, ... If a rank has failed and
 not all have come after a grace, the group is revoked, should it be a `Renewal`: each rank makes its own
 communicators fail, so that those that are stuck in them come back, fail, and arrive. So are ranks freed that
-do not come to an exit within the timeout. The next scope's entry makes the group again. A group that is joined has a life, a random word; a rank's seat in it is its
-own key, which holds a random word first, and then its record.
+do not come to an exit within the timeout. The next scope's entry makes the group again. A group that is
+joined has a life, a random word; a rank's seat in it is its own key, which holds a random word first, and
+then its record.
 
 Nothing here imports from the package around it, and nothing here speaks to people: facts are
 returned, or handed to a function that the scope gave.
