@@ -175,13 +175,20 @@ class Part(Peers):
 
     def verdict(self, wait: Wait, store: Store) -> Verdict:
         """Return the verdict of a round that has been decided."""
-        return decode_verdict(store.get(f"{self.key(wait.record.round)}/v"), wait.record, self.world_size)
+        # A TCPStore returns nothing for a key that is removed while it is read: then nobody waits any more.
+        text = store.get(f"{self.key(wait.record.round)}/v") or ALL_OK
+        return self.read_verdict(text, wait)
 
-    def decide(self, wait: Wait, store: Store, lost: Iterable[int], where: Mapping[int, Place]) -> None:
-        """Write the verdict of a round from what is known now, unless there is one."""
+    def read_verdict(self, text: bytes, wait: Wait) -> Verdict:
+        """Return the verdict that is written in *text*."""
+        return decode_verdict(text, wait.record, self.world_size)
+
+    def decide(self, wait: Wait, store: Store, lost: Iterable[int], where: Mapping[int, Place]) -> bytes:
+        """Write the verdict of a round from what is known now, unless there is one; return what stands then."""
         key = self.key(wait.record.round)
         over = [f"{self.key(path)}/exit/v" for path in scopes_around(wait.record.scope)]
         over = [each for each in over if store.check([each])]
+        text = b""
         if over:  # a scope around this one ended without this rank, which ends this one too
             set_first(store, f"{key}/v", store.get(over[0]))
         elif not store.check([f"{key}/v"]):
@@ -193,9 +200,10 @@ class Part(Peers):
             else:
                 self._await_records(wait.record, count % REPORT, store)
                 text = self._judgment(wait, store, count, lost=lost, where=where)
-            set_first(store, f"{key}/v", text)
+            text = set_first(store, f"{key}/v", text)
         if wait.over:  # it ended meanwhile; if its keys were removed, some are there again
             self._odd += [f"{key}/n", f"{key}/v"]
+        return text
 
     def _judgment(self, wait: Wait, store: Store, count: int, **facts: Any) -> bytes:
         """Return the verdict as it follows from all that the ranks told, and *facts*, as for `judge`."""

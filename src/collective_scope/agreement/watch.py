@@ -243,14 +243,20 @@ class Span:
         for span in list(self.control.spans.values()):
             if span.part.life == self.part.life and span.wait is not None and not span.wait.over:
                 span._tell(store, span.wait)  # noqa: SLF001  (so that the decision does not wait for it)
-        self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
-        is_exit = wait.record.stage.startswith("exit")
-        if self.revocation is not None and is_exit and self.part.verdict(wait, store).missing:
-            self.part.announce(store, f"revoked {self.part.life} {self.path}")  # frees those that did not come
+        text = self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
+        if wait.over:  # it ended meanwhile, and the keys of the round may be gone
+            return
+        self._free_missing(store, wait, text)
         if wait.reason or now > wait.deadline + GRACE_S:
             wait.replies.put(Decided(wait, self.part.verdict(wait, store)))
         if wait.reason:
             wait.over = True
+
+    def _free_missing(self, store: Store, wait: Wait, text: bytes) -> None:
+        """Have the ranks freed that did not come to an exit, by the verdict that is written in *text*, if any is."""
+        is_exit = wait.record.stage.startswith("exit")
+        if self.revocation is not None and is_exit and text and self.part.read_verdict(text, wait).missing:
+            self.part.announce(store, f"revoked {self.part.life} {self.path}")
 
     def _facts(self, now: float, wait: Wait | None, lost: Iterable[int], where: dict[int, Place]) -> Verdict:
         mine, size = self._mine(wait), self.part.world_size
