@@ -244,9 +244,9 @@ class Span:
             if span.part.life == self.part.life and span.wait is not None and not span.wait.over:
                 span._tell(store, span.wait)  # noqa: SLF001  (so that the decision does not wait for it)
         text = self.part.decide(wait, store, lost, self._locator.where(now, {*missing, *lost}))
+        self._free_missing(store, wait, text)
         if wait.over:  # it ended meanwhile, and the keys of the round may be gone
             return
-        self._free_missing(store, wait, text)
         if wait.reason or now > wait.deadline + GRACE_S:
             wait.replies.put(Decided(wait, self.part.verdict(wait, store)))
         if wait.reason:
