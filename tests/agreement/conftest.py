@@ -64,3 +64,30 @@ def _other() -> Iterator[Other]:
         start = int(process._stat(popen.pid)[19])  # noqa: SLF001  (looked into on purpose)
         yield Other(attrs.evolve(me(), pid=popen.pid, start=start), popen)
         popen.kill()
+
+
+@attrs.define
+class World:
+    """A group whose revocation does what the test wants."""
+
+    on_revoke: Callable[[], object]
+    interrupts_first: bool = False
+    grace: float = 0.5
+    is_due: bool = False
+    value: object = None
+    revoked: list[bool] = attrs.field(factory=list)
+
+    def revoke(self, *, is_at_work: bool) -> None:
+        """Note that this was called, and do it."""
+        self.revoked.append(is_at_work)
+        self.on_revoke()
+
+    def abandon(self) -> None:
+        """Nothing is to be taken down."""
+
+    def connect(self) -> None:
+        """Nothing is to be connected."""
+
+    def renew(self, life: str) -> None:
+        """Never called: no scope is entered here."""
+        raise AssertionError(life)

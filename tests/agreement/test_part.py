@@ -227,8 +227,8 @@ def test_keys_of_a_round_that_is_decided_after_its_end_do_not_stay(rank_on: Rank
 
     wait, _ = at_once(*(functools.partial(run, rank) for rank in ranks))
     assert wait_until(lambda: not _keys_of(store, "0 scope"))
-    ranks[0].part.decide(wait, store, (), {})
-    assert _keys_of(store, "0 scope")
+    assert b"" == ranks[0].part.decide(wait, store, (), {})
+    assert [f"collective_scope/{ranks[0].part.life}/0 scope/exit/n"] == _keys_of(store, "0 scope")
 
     at_once(*(functools.partial(rank.arrive, "3 scope") for rank in ranks))
 

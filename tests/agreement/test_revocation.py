@@ -4,40 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-
-import attrs
 
 from collective_scope.agreement.revocation import REVOKE_S, Revocation
 from collective_scope.exceptions import RevokedInterrupt
+from tests.agreement.conftest import World
 from tests.stores import PATIENCE_S, wait_until
-
-
-@attrs.define
-class World:
-    """A group whose revocation does what the test wants."""
-
-    on_revoke: Callable[[], object]
-    interrupts_first: bool = False
-    grace: float = 0.5
-    is_due: bool = False
-    value: object = None
-    revoked: list[bool] = attrs.field(factory=list)
-
-    def revoke(self, *, is_at_work: bool) -> None:
-        """Note that this was called, and do it."""
-        self.revoked.append(is_at_work)
-        self.on_revoke()
-
-    def abandon(self) -> None:
-        """Nothing is to be taken down."""
-
-    def connect(self) -> None:
-        """Nothing is to be connected."""
-
-    def renew(self, life: str) -> None:
-        """Never called: no scope is entered here."""
-        raise AssertionError(life)
 
 
 def _revocation(world: World, given_up: list[str]) -> Revocation:

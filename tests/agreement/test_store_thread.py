@@ -224,9 +224,10 @@ atexit.register(server.set, "late", "the interpreter is about to go")  # runs la
 from collective_scope.agreement import store_thread
 
 store_thread.EXIT_S = 0.3
-thread = store_thread.StoreThread(lambda: store_thread.unbounded(server.clone()))
-started = threading.Event()
-thread.submit(lambda store: (started.set(), store_thread.get(store, "late")))
+started = threading.Barrier(9)
+threads = [store_thread.StoreThread(lambda: store_thread.unbounded(server.clone())) for _ in range(8)]
+for thread in threads:
+    thread.submit(lambda store: (started.wait(10.0), store_thread.get(store, "late")))
 started.wait(10.0)
 print("through")
 """

@@ -12,9 +12,12 @@ import torch.distributed as dist
 
 from collective_scope.agreement.process import Process
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
+from collective_scope.agreement.revocation import Revocation
 from collective_scope.agreement.watch import warning_times
-from tests.agreement.conftest import Other
+from collective_scope.exceptions import RevokedInterrupt
+from tests.agreement.conftest import Other, World
 from tests.stores import (
+    LONG_S,
     PATIENCE_S,
     HookedStore,
     Rank,
@@ -97,6 +100,34 @@ def test_rank_that_comes_while_it_is_asked_for_is_not_warned_of(rank_on: RankOn)
 
     assert all(verdict.ok for verdict in verdicts)
     assert [] == rank.said
+
+
+class _SlowToReply(HookedStore):
+    """A store whose reply to the write of a verdict reaches the control thread when nobody waits any more."""
+
+    is_idle: Callable[[], bool] = staticmethod(lambda: True)
+
+    def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
+        there = super().compare_set(key, expected, desired)
+        if is_control() and key.endswith("/exit/v"):
+            assert wait_until(self.is_idle)
+        return there
+
+
+def test_ranks_that_are_given_up_on_are_freed_although_the_verdict_is_taken_at_once(rank_on: RankOn) -> None:
+    """The control thread says so also if the rank itself has the verdict, and goes on, before it does."""
+    base = dist.HashStore()
+    store = _SlowToReply(base, lambda *_: None)
+    rank = rank_on(store, 0, 2)
+
+    with rank.scope() as span:
+        store.is_idle = lambda: span.is_idle
+        span.revocation = Revocation(World(int, grace=LONG_S), span.thread, RevokedInterrupt, lambda _: None)
+        verdict = rank.arrive(timeout=0.1)
+
+    assert (1,) == verdict.missing
+    revoked = f"revoked {rank.part.life} 0 scope".encode()
+    assert wait_until(lambda: any(base.get(key) == revoked for key in base.list_keys() if "/news/" in key))
 
 
 @pytest.mark.parametrize("meets_at_entry", [False, True])

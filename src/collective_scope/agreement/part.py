@@ -184,7 +184,7 @@ class Part(Peers):
         return decode_verdict(text, wait.record, self.world_size)
 
     def decide(self, wait: Wait, store: Store, lost: Iterable[int], where: Mapping[int, Place]) -> bytes:
-        """Write the verdict of a round from what is known now, unless there is one; return what stands then, if it counts."""
+        """Write the verdict of a round from what is known now, unless there is one; return what stands then."""
         key = self.key(wait.record.round)
         over = [f"{self.key(path)}/exit/v" for path in scopes_around(wait.record.scope)]
         over = [each for each in over if store.check([each])]
@@ -200,11 +200,9 @@ class Part(Peers):
             else:
                 self._await_records(wait.record, count % REPORT, store)
                 text = self._judgment(wait, store, count, lost=lost, where=where)
-            was_over = wait.over
-            text = set_first(store, f"{key}/v", text)
-            if was_over:  # what this brought back is no verdict that any rank goes by
-                text = b""
-        if wait.over:  # it ended meanwhile; if its keys were removed, some are there again
+            # A round that has ended meanwhile has its verdict, or has had it: its keys may be gone.
+            text = b"" if wait.over else set_first(store, f"{key}/v", text)
+        if wait.over:  # if its keys were removed, some may be there again
             self._odd += [f"{key}/n", f"{key}/v"]
         return text
 
