@@ -36,7 +36,7 @@ from .exceptions import (
 
 # How the files hang together, each importing only from those below it:
 #
-#   pytest_plugin, _pytest_phases, _pytest_terminal, _pytest_reports    a scope around each phase of a test
+#   pytest_plugin, _pytest_phases, _pytest_terminal, _pytest_reports, _pytest_tellings    a scope around each phase of a test
 #   __main__                   the command ``check``
 #   _subtests, _subtests_report, _subtest_result    a loop of subtests, and its report
 #   _api                       the function that users call, and what it accepts
@@ -46,7 +46,7 @@ from .exceptions import (
 #   _registry, _failures       what a body registers; what went wrong here, and what surfaces
 #   _speaker, _report, _notes  what is said in the log while ranks are late; every sentence that a user reads
 #   _groups, _membership       what may be passed as group; this rank's membership in it, which lasts
-#   _torch, _mpi               all that is asked of torch and of mpi4py
+#   _torch, _mpi, _environment    all that is asked of torch, of mpi4py, and of a launcher
 #   _kill, _cleanups           the end of a process that is stuck; the stack of cleanups
 #   exceptions                 the tree of errors
 #   agreement                  how the ranks agree on one verdict; imports nothing from here

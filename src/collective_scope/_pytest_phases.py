@@ -19,8 +19,10 @@ import pytest
 import torch.distributed as dist
 
 from ._api import collective_scope
+from ._environment import VARIABLES, store_of_launcher
 from ._notes import GROUP_IS_DEAD, MADE_AGAIN, MADE_TWICE, NOT_RUN, STILL_DEAD
-from ._pytest_reports import as_judged, failed, hear, judge, name_ranks, subtests_elsewhere, tell, telling
+from ._pytest_reports import as_judged, failed, judge, name_ranks, subtests_elsewhere
+from ._pytest_tellings import hear, tell, telling
 from ._pytest_terminal import Terminal
 from ._scope import CollectiveScope
 from .agreement.records import Verdict
@@ -31,9 +33,8 @@ __tracebackhide__ = True
 """Where pytest leaves frames out: they tell nothing of a test."""
 
 _TOLD = (NOT_RUN, GROUP_IS_DEAD, STILL_DEAD, MADE_AGAIN, MADE_TWICE)
-"""What notes begin with that a report has."""
+"""A note that begins with one of these is shown in the report."""
 
-_ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SCOPE = pytest.StashKey[CollectiveScope]()
 
 Wrapper = Generator[None, Any, Any]
@@ -50,15 +51,10 @@ class World:
     @classmethod
     def of_environment(cls) -> World:
         """Return the world that torchrun's variables describe."""
-        if any(name not in os.environ for name in _ENV) or os.environ["WORLD_SIZE"] == "1":
+        if any(name not in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
             return cls()
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # If the server is here, groups that tests make over env:// share it.
-        store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, multi_tenant=True)
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(dist.PrefixStore(f"collective_scope/pytest/{restarts}", store), rank, size)
+        rank = int(os.environ["RANK"])
+        return cls(store_of_launcher(rank, "pytest/"), rank, int(os.environ["WORLD_SIZE"]))
 
 
 @attrs.define(eq=False)

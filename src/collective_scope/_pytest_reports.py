@@ -1,109 +1,19 @@
-"""
-The reports of the ranks on a phase of a test, and the one report that all of them make of these.
-
-A rank tells by raising in the scope of the phase. Its error has the name of the one that the test raised,
-and brings pytest's own report along as text. So the verdict of the scope has all reports, on every rank.
-"""
+"""The one report that all ranks make of a phase of a test, from the reports that each of them has told."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import attrs
 import pytest
 
 from ._notes import STILL_DEAD
+from ._pytest_tellings import Told, hear, kind_of, named
 from ._report import _numbers, _outcomes, is_like_a_consequence, missing
-from .agreement.records import Outcome, Verdict
-from .agreement.rounds import failures_in_order
-from .agreement.text import MESSAGE_LIMIT, message_of, one_line, shorten, traceback_of
+from .agreement.records import Verdict
+from .agreement.text import traceback_of
 from .exceptions import CollectiveScopeError, PeerFailedError
-
-
-REPORT_LIMIT = 30_000
-"""Characters of a report that travel. Of a traceback that is too long, the scope keeps more than that at its end."""
-
-SECTION_LIMIT = 8_000
-"""Characters of captured output that travel, for each stream."""
-
-
-class Telling(Exception):  # noqa: N818  (its subclasses are named as what tests raise)
-    """Raised by a rank in the scope of a phase that did not pass, in the place of what the test raised."""
-
-
-@attrs.frozen
-class Told:
-    """
-    What a rank has told of a phase.
-
-    Attributes:
-        rank: The rank.
-        outcome: What the verdict has of it.
-        kind: ``failed``, ``skipped``, ``xfailed``, ``xpassed`` (if that is a failure), ``subtests`` failed, ``ended``,
-            ``aside``.
-        line: Why, in one line.
-        report: Its report, as pytest writes it for other processes; None if there is none, or it was too long.
-        text: Its report as text, if there is no other.
-        subtests: The reports of subtests that failed.
-        returncode: The exit code of a rank that ends its session.
-    """
-
-    rank: int
-    outcome: Outcome
-    kind: str
-    line: str
-    report: dict[str, Any] | None = None
-    text: str = ""
-    subtests: list[dict[str, Any]] = attrs.field(factory=list)
-    returncode: int = 0
-
-
-def telling(error: BaseException | None, line: str, **told: Any) -> BaseException:
-    """Return what tells the peers *told*; it is named as *error*, or else as a failure described by *line*."""
-    cls = pytest.fail.Exception if error is None else type(error)
-    message = line if error is None else shorten(message_of(error), MESSAGE_LIMIT)
-    said = named(f"{cls.__module__}.{cls.__qualname__}", message, Telling)
-    said.add_note(json.dumps({"line": line, **told}, default=repr))
-    return said
-
-
-def named(type_name: str, message: str, base: type[BaseException] = Exception) -> BaseException:
-    """Return an exception that looks like one of class *type_name*, which may not exist in this process."""
-    module, _, name = type_name.rpartition(".")
-    cls: type[BaseException] = type(name, (base,), {"__module__": module or "builtins", "__qualname__": name})
-    return cls(message)
-
-
-def tell(
-    config: pytest.Config, report: pytest.TestReport, error: BaseException | None, subtests: list[dict[str, Any]]
-) -> BaseException | None:
-    """Return what this rank has to raise in the scope of a phase; None if all was well."""
-    kind = _kind(report)
-    if kind == "passed" and not subtests:
-        return None
-    data = config.hook.pytest_report_to_serializable(config=config, report=report)
-    data["sections"] = [(name, shorten(text, SECTION_LIMIT)) for name, text in report.sections]
-    told = {"kind": "subtests" if kind == "passed" else kind, "report": data, "subtests": subtests}
-    if len(json.dumps(told, default=repr)) > REPORT_LIMIT:
-        told |= {"report": None, "text": shorten(report.longreprtext, REPORT_LIMIT // 2), "subtests": []}
-    return telling(error, _line(report), **told)
-
-
-def hear(verdict: Verdict | None) -> list[Told]:
-    """Return what the ranks have told, the failure that was published first at the top."""
-    heard = []
-    for rank, outcome in failures_in_order(verdict.failures) if verdict is not None else ():
-        try:
-            said = json.loads(outcome.traceback.rstrip().rpartition("\n")[2])
-            heard.append(Told(rank, outcome, **said))
-        except (ValueError, TypeError):  # not told by a report: raised by a cleanup, for example
-            kind = "skipped" if outcome.is_skip else "failed"
-            line = one_line(outcome.type_name, outcome.message)
-            heard.append(Told(rank, outcome, kind, line, text=f"{outcome.phase}\n\n{outcome.traceback}"))
-    return heard
 
 
 def judge(verdict: Verdict | None, told: list[Told]) -> str:
@@ -130,7 +40,7 @@ def as_judged(kind: str, report: pytest.TestReport, told: list[Told], *, counts_
         told: What the ranks have told.
         counts_subtests: Whether a test fails if its subtests do; those of unittest pass all the same.
     """
-    if kind == "xfailed" and _kind(report) != "xfailed":  # it passed here
+    if kind == "xfailed" and kind_of(report) != "xfailed":  # it passed here
         report.outcome = "skipped"
         report.wasxfail = next(each.line for each in _causes(told) if each.kind == "xfailed")
     elif kind == "passed" and report.failed:  # as a consequence
@@ -254,22 +164,6 @@ def name_ranks(report: pytest.TestReport, ranks: Sequence[int], line: str = "") 
         crash.message = f"{who}{line or crash.message}"
     elif isinstance(report.longrepr, str):
         report.longrepr = f"{who}{report.longrepr}"
-
-
-def _kind(report: pytest.TestReport) -> str:
-    if hasattr(report, "wasxfail"):
-        return "xfailed" if report.skipped else "passed"
-    is_strict = report.failed and str(report.longrepr).startswith("[XPASS(strict)]")
-    return "xpassed" if is_strict else report.outcome
-
-
-def _line(report: pytest.TestReport) -> str:
-    if hasattr(report, "wasxfail"):
-        return str(report.wasxfail)
-    if isinstance(report.longrepr, tuple):  # of a skip: file, line, reason
-        return report.longrepr[2]
-    message = getattr(getattr(report.longrepr, "reprcrash", None), "message", None) or str(report.longrepr)
-    return message.split("\n", 1)[0]
 
 
 def _by_name(config: pytest.Config, subtests: list[dict[str, Any]]) -> dict[tuple[str, int], pytest.TestReport]:

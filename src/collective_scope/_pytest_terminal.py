@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from . import _kill
-from ._pytest_reports import Telling
+from ._pytest_tellings import Telling
 from ._scope import CollectiveScope
 from .agreement.stacks import where_is
 

@@ -15,9 +15,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from ._environment import VARIABLES, make_default_group, store_of_launcher
 from ._torch import (
     abort_nccl,
     all_groups,
@@ -36,8 +36,6 @@ Make = Callable[[dist.Store], Any]
 
 DESTROY_S = 30.0
 """How long destroying the group may take; torch itself has no bound."""
-
-_ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RenewableGroup:
@@ -99,8 +97,8 @@ class RenewableGroup:
         destroy: Callable[[], object] | None = None,
         grace: float = 0.5,
     ) -> None:
-        missing = [name for name, given in zip(_ENV, (rank, world_size, store, store), strict=True) if given is None]
-        absent = [name for name in missing if name not in os.environ]
+        given = zip(VARIABLES, (rank, world_size, store, store), strict=True)
+        absent = [name for name, value in given if value is None and name not in os.environ]
         if absent:
             msg = (
                 f"store, rank and world_size must be given, or be in the environment (which lacks {', '.join(absent)})"
@@ -115,7 +113,7 @@ class RenewableGroup:
             msg = f"grace must be seconds, at least 0 and finite (got {grace!r})"
             raise ValueError(msg)
         self.grace = float(grace)
-        self.store = _store_of_environment(self.rank) if store is None else store
+        self.store = store_of_launcher(self.rank) if store is None else store
         self.value: Any = None
         self.made = 0
         self.is_due = True
@@ -312,13 +310,7 @@ class RenewableGroup:
             raise failed[0]
 
     def _make_default(self, store: dist.Store) -> None:
-        has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(
-            os.environ.get("LOCAL_WORLD_SIZE", self.world_size)
-        )
-        if has_gpus:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
-        backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+        make_default_group(store, self.rank, self.world_size)
 
     def _destroy_default(self) -> None:
         value, self.value = self.value, None
@@ -330,12 +322,3 @@ class RenewableGroup:
                 dist.destroy_process_group(value)
         else:
             dist.destroy_process_group()
-
-
-def _store_of_environment(rank: int) -> dist.Store:
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # The functions that make() calls may want to serve the same address.
-    serves = rank == 0 and not by_agent
-    store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, multi_tenant=True)
-    return dist.PrefixStore(f"collective_scope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -268,7 +268,7 @@ class Teardown(Arrival):
         """Have the group made again at the next entry, unless it is as good as it was."""
         verdict = self.verdict
         is_complete = verdict is not None and verdict.complete
-        if verdict is None or verdict.revoked or not is_complete or _has_ended_its_group(verdict):
+        if verdict is None or verdict.revoked or not is_complete or _torch.has_ended(verdict.failures.values()):
             renewal.is_due = True
             if self._membership is not None:
                 self._membership.dead_since = self.name
@@ -295,9 +295,3 @@ def _members(error: BaseException) -> tuple[BaseException, ...]:
     except Exception:  # a group of somebody's own making: then its members keep what they refer to
         logger.debug("the members of a %s cannot be had", type(error).__name__, exc_info=True)
         return ()
-
-
-def _has_ended_its_group(verdict: Verdict) -> bool:
-    """Whether a rank has failed with an error after which no collective of the group works, such as its own time limit."""
-    failures = verdict.failures.values()
-    return any(_torch.is_end_of_gloo(each.message) or each.type_name.endswith("DistBackendError") for each in failures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
+
+    from .agreement.records import Outcome
 
 
 def default_group() -> ProcessGroup | None:
@@ -93,6 +96,11 @@ def is_end_of_gloo(message: str) -> bool:
     return "gloo/transport" in message or has_closed(message)
 
 
+def has_ended(failures: Iterable[Outcome]) -> bool:
+    """Whether one of *failures* is an error after which no collective of the group works, such as its own time limit."""
+    return any(is_end_of_gloo(each.message) or each.type_name.endswith("DistBackendError") for each in failures)
+
+
 def is_end_of_group(message: str) -> bool:
     """Whether *message* is of an error of a group that is dead, or is not in torch's books any more."""
     unknown = "in the world group map", "Could not resolve the process group", "Invalid process group specified"
@@ -125,7 +133,7 @@ def connect_nccl(groups: list[dist.ProcessGroup]) -> None:
     torch makes one at the first collective. A rank that waits for its peers there cannot be freed:
     there is nothing to abort yet. A process that has not touched its GPU has none to connect.
     """
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # missing in torch's annotations
         return
     for group in groups:
         if is_nccl(group) and group.size() > 1:

@@ -2,7 +2,8 @@
 The pytest plugin: the ranks go through a suite together, from the same collection to the same exit code.
 
 It stands on ``_pytest_phases`` (a scope around each phase of each test), ``_pytest_terminal`` (what a rank
-says past pytest's capture) and ``_pytest_reports`` (what ranks tell each other of a phase).
+says past pytest's capture), ``_pytest_tellings`` (the words of the ranks to each other on a phase) and
+``_pytest_reports`` (the report that all make of these).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from ._api import collective_scope
 from ._groups import find
 from ._pytest_phases import Phase, Phases, World, Wrapper, new_scope, stop
-from ._pytest_reports import hear, telling
+from ._pytest_tellings import hear, telling
 from ._pytest_terminal import Quiet, Terminal
 from ._renewable import RenewableGroup
 from .exceptions import BarrierTimeoutError, CleanupMismatchError, CollectiveScopeError, PeerFailedError, PeerLostError

@@ -1,0 +1,39 @@
+"""The ranks that a launcher has started, as torchrun's environment variables describe them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""A launcher sets these for every rank."""
+
+
+def store_of_launcher(rank: int, name: str = "") -> dist.Store:
+    """
+    Return the part *name* of the store that torchrun serves, or rank 0 without it; another one after each restart.
+
+    Raises:
+        KeyError: If ``MASTER_ADDR`` or ``MASTER_PORT`` is not set.
+        ValueError: If ``MASTER_PORT`` is no number.
+    """
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Groups that are made over env:// may want to serve the same address.
+    serves = rank == 0 and not by_agent
+    store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"collective_scope/{name}{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def make_default_group(store: dist.Store, rank: int, world_size: int) -> None:
+    """Make the default group: with NCCL where there is a GPU for each local rank, and gloo."""
+    has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+        os.environ.get("LOCAL_WORLD_SIZE", world_size)
+    )
+    if has_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
