@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import logging
+import re
 import sys
 import threading
 import time
@@ -201,5 +202,6 @@ def test_stacks_of_all_threads_are_the_users() -> None:
 
     assert "Thread MainThread:" in text
     assert "in test_stacks_of_all_threads_are_the_users" in text
+    assert not re.search(r"/(_pytest|pluggy)/", text), "what has called the test tells nothing of it"
     assert "Thread poller:" in text
     assert "Thread collective_scope-" not in text

@@ -128,6 +128,8 @@ TWO: Plan = {
     "interrupt": ([*FEW, "-k", "ends"], {"SUITE_ENDS": "interrupt"}),
     "timeout": ([*FEW, "-k", "late"], LATE),
     "timeout by a thread": ([*FEW, "-k", "again or late", "--timeout-method=thread"], LATE),
+    "timeout at the barrier": ([*FEW, "-k", "waited_for"], LATE),
+    "dies": ([*FEW, "-k", "dies"], {"SUITE_DIES": "1"}),
     "killed": (
         [*FEW, "-k", "again or stuck", "--collective-scope-kill-after=6", "--collective-scope-warn-after=3"],
         LATE,
@@ -288,11 +290,30 @@ def test_timeout_on_one_rank_fails_the_test_on_all(two: dict[str, list[Run]]) ->
     """The report shows where that rank was, and what it printed; the other one has waited for it."""
     first, second = two["timeout"]
 
-    assert {"failed": 1, "deselected": 8} == first.counts
+    assert {"failed": 1, "deselected": 9} == first.counts
     assert first.outcomes == second.outcomes
     assert "test_is_late - rank 1: Failed: Timeout (>3.0s)" in first.stdout
     assert "printed by the rank that is late" in first.stdout
     assert ">           threading.Event().wait()" in first.stdout
+
+
+def test_timeout_while_a_rank_waits_says_for_which_one(two: dict[str, list[Run]]) -> None:
+    """The report names the rank that did not come, and shows no code of the library, in which the wait was ended."""
+    first, second = two["timeout at the barrier"]
+
+    assert [1, 1] == [first.exit, second.exit]
+    report = first.stdout.partition("= FAILURES =")[2].partition("- Captured")[0]
+    assert "Failed: Timeout (>2.0s) from pytest-timeout." in report
+    assert "rank 1 of 2 missing at the exit of scope 'suite_few.py::test_is_waited_for (call)'" in report
+    assert "Rank 0 stopped waiting at the barrier." in report
+    assert not re.search(r"agreement/\w+\.py", report)
+
+
+def test_rank_that_dies_is_the_cause_of_what_its_peer_raises(two: dict[str, list[Run]]) -> None:
+    """A rank that is gone has told nothing; the summary names it before the error of the other one."""
+    first = two["dies"][0]
+
+    assert re.search(r"^FAILED .*test_dies - rank 1 lost, and rank 0 failed: RuntimeError", first.stdout, re.MULTILINE)
 
 
 def test_timeout_by_a_thread_ends_one_rank_and_the_session(two: dict[str, list[Run]]) -> None:

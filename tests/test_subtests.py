@@ -30,6 +30,7 @@ from collective_scope import (
 from collective_scope._notes import NOT_RUN
 from collective_scope._subtest_result import ExpectedFailure, judge_subtest
 from collective_scope._subtests_report import summary, write_junit
+from collective_scope.agreement.text import type_name
 from tests.ranks import RankPool, here, values
 
 
@@ -416,6 +417,7 @@ def _verdict(outcomes: Mapping[int, Outcome], world_size: int = 2, missing: tupl
 
 FAILED = Outcome("body", "ValueError", "wrong", order=2)
 SKIPPED = Outcome("body", "unittest.case.SkipTest", "no device", order=3)
+XFAILED = Outcome("body", type_name(pytest.xfail.Exception("")), "no device", order=4)
 
 
 @pytest.mark.parametrize(
@@ -425,8 +427,10 @@ SKIPPED = Outcome("body", "unittest.case.SkipTest", "no device", order=3)
         ({1: FAILED, 0: attrs.evolve(SKIPPED, order=1)}, "failed", "only rank 0 skipped it"),
         ({0: SKIPPED, 1: SKIPPED}, "skipped", "no device"),
         ({0: SKIPPED}, "failed", "only rank 0 skipped it"),
+        ({0: XFAILED, 1: XFAILED}, "xfailed", "no device"),
+        ({0: XFAILED}, "failed", "only rank 0 let it fail as expected"),
     ],
-    ids=["failed-first", "skipped-first", "all-skip", "one-skips"],
+    ids=["failed-first", "skipped-first", "all-skip", "one-skips", "all-xfail", "one-xfails"],
 )
 def test_subtest_judged_by_all_ranks_fails_unless_all_agree(
     outcomes: dict[int, Outcome], status: str, reason: str

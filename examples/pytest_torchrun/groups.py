@@ -1,4 +1,4 @@
-"""What the tests of this folder run on: made at first, and again after a test that has cost it."""
+"""The groups of this folder's tests: made at first, and again after a test that has cost them."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_column_parallel_layer_is_right(tp: dist.ProcessGroup) -> None:
 
 
 def test_group_after_a_failure_works(tp: dist.ProcessGroup) -> None:
-    """Whatever became of the test before, this one has a group."""
+    """A test has a group, also if the one before has failed."""
     ranks = torch.tensor(dist.get_rank(tp))
 
     dist.all_reduce(ranks, group=tp)

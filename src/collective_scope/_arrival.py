@@ -56,7 +56,7 @@ class Arrival(Registry):
     verdict: Verdict | None = attrs.field(default=None, init=False)
     _membership: Membership | None = attrs.field(default=None, init=False)
     _kept: Any = attrs.field(default=None, init=False)
-    """What has to stay alive while that is used."""
+    """An object that has to stay alive while that is used."""
     _body: CodeType | None = None
     """The code that the body is; that of the caller of ``__enter__`` if not given."""
     _pid: int = attrs.field(default=0, init=False)

@@ -80,10 +80,25 @@ if "SUITE_LATE" in os.environ:
             print("printed by the rank that is late")
             threading.Event().wait()
 
+    @pytest.mark.timeout(2 if os.environ["RANK"] == "0" else 60)
+    def test_is_waited_for() -> None:
+        """The last rank comes to the end when the other one has lost its patience."""
+        if is_last():
+            threading.Event().wait(5)
+
     def test_is_stuck() -> None:
         """The last rank does not come to a collective."""
         if is_last():
             threading.Event().wait()
+        all_reduce(1.0)
+
+
+if "SUITE_DIES" in os.environ:
+
+    def test_dies() -> None:
+        """The last rank ends, without a word."""
+        if is_last():
+            os._exit(3)
         all_reduce(1.0)
 
 

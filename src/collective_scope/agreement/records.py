@@ -19,7 +19,7 @@ from .text import MESSAGE_LIMIT, message_of, one_line, shorten, traceback_of, ty
 
 
 AFTER_REVOCATION = ", after the group was revoked"
-"""What a phase ends with in which a rank failed because of that."""
+"""The end of the name of a phase in which a rank failed because of that."""
 
 
 @attrs.frozen
