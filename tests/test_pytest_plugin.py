@@ -461,6 +461,7 @@ def test_rank_that_is_stuck_in_an_import_is_located_by_its_peer(tmp_path: Path) 
 
 _VARIOUS = """
 import os
+import time
 
 import pytest
 import torch.distributed as dist
@@ -499,8 +500,21 @@ def test_makes_the_group_itself():
 
 
 @pytest.mark.xfail(strict=True, reason="on rank 1")
-def test_fails_as_expected_on_one_rank():
-    assert RANK != 1
+@pytest.mark.parametrize("seconds", [0.0, 1.0])  # shorter and longer than the grace
+def test_fails_as_expected_on_one_rank(seconds):
+    if RANK == 1:
+        time.sleep(seconds)
+        assert False
+
+
+@pytest.mark.xfail(strict=True, reason="on no rank")
+def test_passes_on_all():
+    pass
+
+
+@pytest.mark.xfail(RANK == 1, strict=True, reason="marked on one rank")
+def test_is_to_fail_on_one_rank_and_passes():
+    pass
 """
 
 
@@ -509,7 +523,7 @@ def _various(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return what rank 0 prints of each test, and the summary."""
     folder = tmp_path_factory.mktemp("various")
     (folder / "test_various.py").write_text(_VARIOUS)
-    arguments = ("-m", "pytest", "-n0", "-rfx", "-p", "no:cacheprovider", "-p", "no:logging", SCOPES, MAKE)
+    arguments = ("-m", "pytest", "-n0", "-rfEx", "-p", "no:cacheprovider", "-p", "no:logging", SCOPES, MAKE)
     run = run_torchrun(*arguments, world_size=2, cwd=folder, env=WIDE, expect_exit=1)
     sections = re.split(r"^_{5,} (\S+) _{5,}$", run.stdout, flags=re.MULTILINE)
     return {**dict(zip(sections[1::2], sections[2::2], strict=True)), "summary": run.stdout.rpartition("short test")[2]}
@@ -542,8 +556,18 @@ def test_default_group_that_a_test_makes_itself_is_said_to_be_there(various: dic
 
 
 def test_failure_as_expected_on_one_rank_has_its_own_reason(various: dict[str, str]) -> None:
-    """The ranks that have passed report the reason of the one that has not."""
-    assert re.search(r"^XFAIL .*test_fails_as_expected_on_one_rank - on rank 1$", various["summary"], re.MULTILINE)
+    """The ranks that have passed report the reason of the one that has not, however much later that fails."""
+    line = r"^XFAIL .*test_fails_as_expected_on_one_rank\[.*\] - on rank 1$"
+    assert 2 == len(re.findall(line, various["summary"], re.MULTILINE))
+
+
+def test_pass_that_was_to_be_a_failure_fails_once_on_all_and_at_the_teardown_if_it_was_so_on_some(
+    various: dict[str, str],
+) -> None:
+    """A strict xfail that passes on all ranks is as in one process; one that is marked on some ranks fails on all."""
+    assert re.search(r"^FAILED .*test_passes_on_all - \[XPASS\(strict\)\] on no rank", various["summary"], re.MULTILINE)
+    assert not re.search(r"^ERROR .*test_passes_on_all", various["summary"], re.MULTILINE)
+    assert re.search(r"^ERROR .*test_is_to_fail_on_one_rank_and_passes - rank 1: ", various["summary"], re.MULTILINE)
 
 
 def test_make_without_a_launcher_makes_a_group_of_one(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ._api import collective_scope
 from ._environment import VARIABLES, store_of_launcher
 from ._notes import GROUP_IS_DEAD, MADE_AGAIN, MADE_TWICE, NOT_RUN, STILL_DEAD
 from ._pytest_reports import as_judged, failed, judge, name_ranks, subtests_elsewhere
-from ._pytest_tellings import hear, tell, telling
+from ._pytest_tellings import hear, is_xpassed, tell, telling
 from ._pytest_terminal import Terminal
 from ._scope import CollectiveScope
 from .agreement.records import Verdict
@@ -156,6 +156,8 @@ class Phases:
         self._phase: Phase | None = None
         self._is_aside = False
         """Whether fixtures were not set up here that others have: then these tear down what this rank has not."""
+        self._xpassed = ""
+        """Why the test was to fail that has passed here, and failed on no other rank; told at its teardown."""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Wrapper:
@@ -209,7 +211,7 @@ class Phases:
             return (yield)
         scope, name = item.stash.get(_SCOPE, None), f"{item.nodeid} ({when})"
         if when == "setup":
-            self._is_aside = False
+            self._is_aside, self._xpassed = False, ""
         if scope is None or when == "setup":
             scope = new_scope(name, self._group, self._options, item)
         else:  # at the teardown, of a test whose setup failed
@@ -241,6 +243,7 @@ class Phases:
             raise interrupt
         verdict = phase.verdict
         if verdict is not None and verdict.ok and not errors:
+            self._xpassed = str(report.longrepr) if is_xpassed(report) else ""
             return report
         told = hear(verdict)
         if call.when == "setup":
@@ -274,10 +277,13 @@ class Phases:
         error = None if call.excinfo is None else call.excinfo.value
         if not isinstance(error, RevokedInterrupt):
             told = None
-            if error is None or error is not phase.refusal:
+            # That a test passes strands nobody: ranks on which it is still to fail, as expected, are waited for.
+            if (error is None or error is not phase.refusal) and not is_xpassed(report):
                 told = tell(self._config, report, error, phase.subtests)
             if told is None and call.when == "teardown" and self._is_aside:
                 told = telling(None, "the setup failed here, and not on all ranks", kind="aside")
+            if told is None and call.when == "teardown" and self._xpassed:
+                told = telling(None, self._xpassed, kind="xpassed")
             if told is not None and self._options["lockstep_gc"]:
                 told.__cause__ = error  # whose frames are to be cleared
             error = told

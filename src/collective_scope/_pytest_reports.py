@@ -24,6 +24,8 @@ def judge(verdict: Verdict | None, told: list[Told]) -> str:
         return "failed"
     if set(kinds) <= {"subtests", "aside"}:
         return "passed"  # pytest itself counts subtests
+    if verdict is not None and kinds == ["xpassed"] * verdict.world_size:
+        return "passed"  # told at the teardown: the report of the call has it on all ranks
     if verdict is not None and kinds == ["skipped"] * verdict.world_size:
         return "skipped"
     # A test that fails as expected on one rank has failed as expected.
@@ -180,7 +182,7 @@ def _by_name(config: pytest.Config, subtests: list[dict[str, Any]]) -> dict[tupl
 def _causes(told: list[Told]) -> list[Told]:
     """Return what is not a consequence of another failure, skips last; all, if all look like that."""
     causes = [each for each in told if not is_like_a_consequence(each.outcome)] or told
-    return sorted(causes, key=lambda each: each.kind == "skipped")
+    return sorted(causes, key=lambda each: each.kind in ("skipped", "xpassed"))
 
 
 def _as_text(text: str) -> Any:

@@ -101,12 +101,16 @@ def hear(verdict: Verdict | None) -> list[Told]:
     return heard
 
 
+def is_xpassed(report: pytest.TestReport) -> bool:
+    """Whether a test has passed that was to fail, which is a failure."""
+    return report.failed and str(report.longrepr).startswith("[XPASS(strict)]")
+
+
 def kind_of(report: pytest.TestReport) -> str:
     """Say what has become of a phase here."""
     if hasattr(report, "wasxfail"):
         return "xfailed" if report.skipped else "passed"
-    is_strict = report.failed and str(report.longrepr).startswith("[XPASS(strict)]")
-    return "xpassed" if is_strict else report.outcome
+    return "xpassed" if is_xpassed(report) else report.outcome
 
 
 def line_of(report: pytest.TestReport) -> str:
