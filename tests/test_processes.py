@@ -15,14 +15,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from uuid import uuid4
 
@@ -55,8 +53,6 @@ _AT_ONCE_S = 6.0
 # A wait may exceed its timeout by this on such a machine, also when the store does not answer.
 _SLACK_S = 6.0
 
-# Files of the library in which a rank waits for the verdict.
-_WAITING = ("agreement/barrier.py", "agreement/store_thread.py")
 
 Run = Callable[..., list[Any]]
 
@@ -176,18 +172,12 @@ def _control() -> Any:
     return found[0].barrier.control
 
 
-def _announce_at_barrier(name: str) -> None:
-    """Announce *name* as soon as the main thread of this rank waits at a barrier."""
+def _announce_at_barrier(name: str, scope: CollectiveScope) -> None:
+    """Announce *name* as soon as this rank waits at a barrier of *scope*, and the store has counted it there."""
 
     def watch() -> None:
-        main = threading.main_thread().ident
-        count = 0
-        while count < 5:
-            frame = sys._current_frames().get(main or 0)  # noqa: SLF001  (the way to)
-            # Once in thousands of looks, under load, CPython 3.11 gives something that is no frame.
-            is_there = isinstance(frame, FrameType) and frame.f_code.co_filename.endswith(_WAITING)
-            count = count + 1 if is_there else 0
-            time.sleep(0.002)  # The place of another thread cannot be waited for.
+        while (wait := scope._wait) is None or wait.over or not wait.counted:  # noqa: SLF001  (nothing public tells)
+            time.sleep(0.002)  # A field of another thread cannot be waited for.
         context.announce(name)
 
     context = here()
@@ -359,7 +349,7 @@ def _fail_before_a_long_cleanup(rank: int, world_size: int) -> tuple[Left, Left,
     def body(scope: CollectiveScope) -> None:
         nonlocal raised_at
         if rank == 0:
-            _announce_at_barrier("rank 0 waits")
+            _announce_at_barrier("rank 0 waits", scope)
         else:
             scope.cleanup(here().wait_for, "rank 0 has left")
             here().wait_for("rank 0 waits")
@@ -388,10 +378,10 @@ def test_failure_of_a_rank_that_does_not_arrive_bounds_the_wait(run: Run) -> Non
 def _fail_while_peers_wait(rank: int, world_size: int) -> tuple[Left, float]:
     raised_at = 0.0
 
-    def body(_: CollectiveScope) -> None:
+    def body(scope: CollectiveScope) -> None:
         nonlocal raised_at
         if rank > 0:
-            _announce_at_barrier(f"rank {rank} waits")
+            _announce_at_barrier(f"rank {rank} waits", scope)
             return
         for peer in range(1, world_size):
             here().wait_for(f"rank {peer} waits")
@@ -448,9 +438,9 @@ def _freeze_store(rank: int, world_size: int, waits: int | None) -> tuple[Left, 
     pid = here().store_pid
     assert pid is not None
 
-    def body(_: CollectiveScope) -> None:
+    def body(scope: CollectiveScope) -> None:
         if rank == waits:
-            _announce_at_barrier("one waits")
+            _announce_at_barrier("one waits", scope)
         elif waits is not None:
             here().wait_for("one waits")
             freeze(pid)
@@ -551,9 +541,9 @@ def _lose_store(rank: int, world_size: int, waits: int | None) -> Left:  # noqa:
     pid = here().store_pid
     assert pid is not None
 
-    def body(_: CollectiveScope) -> None:
+    def body(scope: CollectiveScope) -> None:
         if rank == waits:
-            _announce_at_barrier("one waits")
+            _announce_at_barrier("one waits", scope)
         elif waits is not None or rank == 0:
             if waits is not None:
                 here().wait_for("one waits")
@@ -587,10 +577,10 @@ def test_store_gone_ends_the_wait_at_once_and_says_why(waits: int | None, pools:
 def _interrupt_while_waiting(rank: int, world_size: int, victim: int, busy: int) -> tuple[Left, Left, float]:
     sent_at = 0.0
 
-    def body(_: CollectiveScope) -> None:
+    def body(scope: CollectiveScope) -> None:
         nonlocal sent_at
         if rank != busy:
-            _announce_at_barrier(f"rank {rank} waits")
+            _announce_at_barrier(f"rank {rank} waits", scope)
             return
         waiting = [peer for peer in range(world_size) if peer != busy]
         for peer in waiting:
@@ -633,9 +623,9 @@ def test_interrupt_of_a_waiting_rank_ends_the_wait_of_all(pool: str, victim: int
 def _stop_after_arriving(rank: int, world_size: int) -> tuple[Left, float]:  # noqa: ARG001  (given to every function of a rank)
     pid = here().pids[1]
 
-    def body(_: CollectiveScope) -> None:
+    def body(scope: CollectiveScope) -> None:
         if rank == 1:
-            _announce_at_barrier("rank 1 waits")
+            _announce_at_barrier("rank 1 waits", scope)
         else:
             here().wait_for("rank 1 waits")
             freeze(pid)
@@ -1012,14 +1002,15 @@ def _live_again(rank: int, world_size: int, how: str) -> list[Left]:
     for life in range(3):
         store = dist.PrefixStore(how, here().new_store())
         dist.init_process_group("idle", store=store, rank=rank, world_size=world_size)
+        following = collective_scope(name="next", timeout=_LONG_S)
         if how == "one alone" and life == 2:
             # Rank 0 never had a scope before, and comes first.
             if rank == 0:
-                _announce_at_barrier("rank 0 waits")
+                _announce_at_barrier("rank 0 waits", following)
             else:
                 here().wait_for("rank 0 waits")
         if how == "good before" or life == 2:
-            lefts.append(_leave_next())
+            lefts.append(_leave(following))
             here().announce(f"rank {rank} waits")  # not seen there, if it did not have to wait
         if how == "failed":
             failing = collective_scope(name="failing", timeout=_LONG_S)
