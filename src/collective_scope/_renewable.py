@@ -9,6 +9,7 @@ within a second, and are made again, by all ranks together, when the next scope 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -22,13 +23,15 @@ from ._torch import (
     abort_nccl,
     all_groups,
     connect_nccl,
+    destroy_group,
     forget_unfinished_groups,
     groups_so_far,
     has_accelerator,
     is_nccl,
     synchronize_accelerator,
+    within,
 )
-from .agreement.sockets import accepted_since, connected_sockets, cut, opened_since
+from .agreement.sockets import Connections
 from .agreement.store_thread import base_of
 
 
@@ -64,19 +67,14 @@ class RenewableGroup:
             collective of a communicator cannot be freed. Groups that a body makes are revoked, too,
             and are gone after that. Default: the default group, with NCCL where there is a GPU for
             each local rank, and gloo otherwise.
-
         store:
-            What the ranks meet at. It must outlive every group, and no group may own it.
+            A store for the ranks to meet at. It must outlive every group, and no group may own it.
             Default: the TCPStore of torchrun's environment; outside of torchrun, rank 0 serves it.
-
         rank: This rank. Default: the environment's ``RANK``.
-
         world_size: Number of ranks. Default: the environment's ``WORLD_SIZE``.
-
         destroy:
             Takes down what *make* has built. Default: ``dist.destroy_process_group`` of all groups;
             of the one that *make* returned, if it did not make the default group.
-
         grace: Seconds from a failure until the group is revoked, if not all ranks have come to the exit.
 
     Raises:
@@ -100,9 +98,8 @@ class RenewableGroup:
         given = zip(VARIABLES, (rank, world_size, store, store), strict=True)
         absent = [name for name, value in given if value is None and name not in os.environ]
         if absent:
-            msg = (
-                f"store, rank and world_size must be given, or be in the environment (which lacks {', '.join(absent)})"
-            )
+            lacking = ", ".join(absent)
+            msg = f"store, rank and world_size must be given, or be in the environment (which lacks {lacking})"
             raise ValueError(msg)
         self.rank = int(os.environ["RANK"]) if rank is None else rank
         self.world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
@@ -118,11 +115,10 @@ class RenewableGroup:
         self.made = 0
         self.is_due = True
         """Whether the next scope has to make the group."""
-        self._make = make or self._make_default
+        self._make = make or functools.partial(make_default_group, rank=self.rank, world_size=self.world_size)
         self._destroy = destroy or self._destroy_default
         self._attempts = 0
-        self._sockets: dict[int, str] = {}
-        self._before: dict[int, str] = {}
+        self._connections = Connections(self._port)
         self._named = 0
         """How many groups torch had named when make() was done."""
         self._known: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
@@ -181,7 +177,7 @@ class RenewableGroup:
             if has_accelerator():
                 synchronize_accelerator()  # raises if the device is not usable any more
             self._known = weakref.WeakSet(all_groups())
-            self._before = connected_sockets()
+            self._connections = Connections(self._port)
             # A client of its own: its connection can be cut if a peer fails to make its part.
             store = dist.PrefixStore(f"collective_scope/{life}/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
             self._exists = True
@@ -189,7 +185,7 @@ class RenewableGroup:
                 self.value = self._make(store)
             finally:
                 # Without those of the store: NCCL's monitor says at length that it has lost it.
-                self._sockets = opened_since(self._before, but_to=self._port)
+                self._connections.note()
                 self._of_make = weakref.WeakSet(self._groups)
                 self._named = groups_so_far()
             self.made += 1
@@ -237,7 +233,7 @@ class RenewableGroup:
         """
         if not self._lock.acquire(blocking=False):
             # The rank is making the group, and a peer failed to: let it stop waiting for that one.
-            cut(opened_since(self._before))
+            self._connections.cut_unfinished()
             return
         try:
             if not self._is_revoked:
@@ -257,10 +253,10 @@ class RenewableGroup:
         if is_at_work:
             abort_nccl(groups)
         if is_first:
-            cut(self._sockets)
+            self._connections.cut()
             # A body has made groups; one that it has destroyed may still be connected, if anything refers to it.
             if groups_so_far() > self._named or any(group not in self._of_make for group in groups):
-                cut(accepted_since(self._before, but_at_port=self._port))
+                self._connections.cut_accepted()
 
     @contextlib.contextmanager
     def _left_alone(self) -> Iterator[None]:
@@ -286,39 +282,19 @@ class RenewableGroup:
     def _take_down(self) -> None:
         if not self._exists:
             return
-        done = threading.Event()
-        failed: list[BaseException] = []
 
         def destroy() -> None:
-            try:
-                if self._is_revoked:
-                    abort_nccl(self._groups)
-                self._destroy()
-            except BaseException as error:  # handed on below
-                failed.append(error)
-            done.set()
+            if self._is_revoked:
+                abort_nccl(self._groups)
+            self._destroy()
 
-        # On a thread of its own: destroying waits for what is in flight, and torch bounds that by nothing.
-        threading.Thread(target=destroy, name="collective_scope-destroy", daemon=True).start()
-        if not done.wait(DESTROY_S):
-            msg = f"destroying the group took longer than {DESTROY_S:.0f} s"
-            raise TimeoutError(msg)
+        error = within(DESTROY_S, "destroying the group", destroy)
         self.value, self._exists = None, False
-        self._sockets, self._callbacks = {}, []
+        self._callbacks = []
         forget_unfinished_groups()
-        if failed and not self._is_revoked:  # of a group that was revoked, it may be gone already
-            raise failed[0]
-
-    def _make_default(self, store: dist.Store) -> None:
-        make_default_group(store, self.rank, self.world_size)
+        if error is not None and not self._is_revoked:  # of a group that was revoked, it may be gone already
+            raise error
 
     def _destroy_default(self) -> None:
         value, self.value = self.value, None
-        if not dist.is_initialized():
-            return  # an abort has taken it out of torch's books
-        # The default group goes if make() has made it, and then all others go with it.
-        if isinstance(value, dist.ProcessGroup) and dist.group.WORLD not in self._groups:
-            if value in all_groups():
-                dist.destroy_process_group(value)
-        else:
-            dist.destroy_process_group()
+        destroy_group(value, self._groups)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -163,3 +164,40 @@ def forget_unfinished_groups() -> None:
     """Let torch name the next group like the first: it counts one that was not made to the end."""
     if not dist.is_initialized():
         dist.distributed_c10d._world.group_count = 0  # noqa: SLF001  (torch has no public name for it)
+
+
+def destroy_group(value: object, made: list[dist.ProcessGroup]) -> None:
+    """Destroy the default group if it is among those that were *made*, and all others with it; else the group *value*."""
+    if not dist.is_initialized():
+        return  # an abort has taken it out of torch's books
+    if not isinstance(value, dist.ProcessGroup) or dist.group.WORLD in made:
+        dist.destroy_process_group()
+    elif value in all_groups():
+        dist.destroy_process_group(value)
+
+
+def within(seconds: float, doing: str, fn: Callable[[], object]) -> BaseException | None:
+    """
+    Call *fn* on a thread of its own, because torch bounds by nothing how long it waits for work in flight.
+
+    Returns:
+        The error that *fn* raised, if it did.
+
+    Raises:
+        TimeoutError: If it takes longer than *seconds*; it goes on then, and *doing* says with which.
+    """
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            fn()
+        except BaseException as error:  # handed on
+            failed.append(error)
+        done.set()
+
+    threading.Thread(target=call, name="collective_scope-destroy", daemon=True).start()
+    if not done.wait(seconds):
+        msg = f"{doing} took longer than {seconds:.0f} s"
+        raise TimeoutError(msg)
+    return failed[0] if failed else None

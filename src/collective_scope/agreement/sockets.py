@@ -71,11 +71,6 @@ def _sockets() -> Iterator[tuple[int, str, socket.socket]]:
                         yield int(fd.name), link, copy
 
 
-def opened_since(before: dict[int, str], but_to: int | None = None) -> dict[int, str]:
-    """Return the connections of this process that are newer than *before*, but those to a port."""
-    return {fd: link for fd, link in connected_sockets(but_to=but_to).items() if before.get(fd) != link}
-
-
 def cut(sockets: dict[int, str]) -> None:
     """
     Cut connections, on this side and the other: whoever waits for them gets an error.
@@ -87,3 +82,35 @@ def cut(sockets: dict[int, str]) -> None:
             if os.readlink(f"/proc/self/fd/{fd}") == link:  # noqa: PTH115  (as above)
                 with socket.socket(fileno=os.dup(fd)) as copy:
                     copy.shutdown(socket.SHUT_RDWR)
+
+
+class Connections:
+    """
+    The connections of a group that is about to be made; those with a store's server, at *port*, are not among them.
+
+    Args:
+        port: Where the store is served; None if it has no server.
+    """
+
+    def __init__(self, port: int | None) -> None:
+        self._port, self._before = port, connected_sockets()
+        self._of_make: dict[int, str] = {}
+
+    def note(self) -> None:
+        """Note those that were opened until now: the group is made."""
+        self._of_make = self._opened(but_to=self._port)
+
+    def cut(self) -> None:
+        """Cut those that were noted."""
+        cut(self._of_make)
+
+    def cut_unfinished(self) -> None:
+        """Cut all that were opened until now, also those to the store: the group is not made yet."""
+        cut(self._opened())
+
+    def cut_accepted(self) -> None:
+        """Cut those that peers have opened to this process, until now."""
+        cut(accepted_since(self._before, but_at_port=self._port))
+
+    def _opened(self, but_to: int | None = None) -> dict[int, str]:
+        return {fd: link for fd, link in connected_sockets(but_to=but_to).items() if self._before.get(fd) != link}
