@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from collective_scope import RenewableGroup, RevokedInterrupt, collective_scope, current_scope
+from collective_scope import RenewableGroup, RevokedInterrupt, _renewable, collective_scope, current_scope
 from tests.carry_on import Event, defects, figures, plan, run, world_of
 from tests.ranks import RankPool, here, values
 from tests.stores import LONG_S
@@ -401,6 +401,35 @@ def test_renewable_group_of_one_rank_is_made_at_the_first_scope() -> None:
             assert [1] == made
     assert scope.verdict is not None
     assert scope.verdict.ok
+
+
+def test_world_whose_destroy_does_not_come_back_says_so_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A destroy of torch waits for work in flight, for ever; one of this library does not."""
+    monkeypatch.setattr(_renewable, "DESTROY_S", 0.1)
+    stuck = threading.Event()
+    world = RenewableGroup(lambda _: None, store=dist.HashStore(), rank=0, world_size=1, destroy=stuck.wait)
+    with collective_scope(world):
+        pass
+
+    with pytest.raises(TimeoutError, match=r"^destroying the group took longer than 0 s$"):
+        world.destroy()
+
+    stuck.set()
+
+
+def test_world_whose_destroy_fails_says_how() -> None:
+    """The error reaches the rank that destroys, though another thread has met it."""
+
+    def destroy() -> None:
+        msg = "no such communicator"
+        raise LookupError(msg)
+
+    world = RenewableGroup(lambda _: None, store=dist.HashStore(), rank=0, world_size=1, destroy=destroy)
+    with collective_scope(world):
+        pass
+
+    with pytest.raises(LookupError, match="no such communicator"):
+        world.destroy()
 
 
 def _group_made_by_a_body(rank: int, world_size: int) -> tuple[list[tuple[str, Any]], float]:
