@@ -42,9 +42,9 @@ life of {n}        the first rank that joins: a random word     with the last ra
                    that begins all keys of the group; a rank
                    that leaves counts itself behind it
 {life}/rank/{r}    rank *r*: the latest `Record`                with the last rank that leaves the group
-{life}/{round}/n   each rank adds 1 when it arrives, 2^21 when  a round later, if all have come, by the first
-                   it has something to tell, and 2^42 when it   to arrive there; else after the next round that
-                   revokes the group                            is complete
+{life}/{round}/n   each rank adds 1 when it arrives, 2^21 when  soon after the next round that is complete
+                   it has something to tell, and 2^42 when it
+                   revokes the group
 {life}/{round}/v   the verdict; the first to write it wins      with ``n``; it stays if a rank was interrupted
                                                                 or gave up in the round
 news               a rank adds 1 for each item                  never: one key a store

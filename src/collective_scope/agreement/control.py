@@ -200,6 +200,8 @@ class Control:
             self._next_beat = now + BEAT_S
             store.set(f"{ROOT}/beat/{me().key}", str(now))
         self._remove_news(store, now - NEWS_S)
+        for part in self._parts():
+            part.remove_spent(store)
 
     def _read_news(self, store: Store) -> dict[str, set[int]]:
         """Act on the news; return the ranks that have failed, by the life of their group."""

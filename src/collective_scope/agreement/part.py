@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from .rounds import (
     scopes_around,
     still_refused,
 )
-from .store_thread import get, remove, set_first, unbounded
+from .store_thread import get, set_first, unbounded
 from .wait import Wait
 from .wire import ALL_OK, decode_verdict, encode_verdict
 
@@ -48,8 +49,14 @@ POLL_S = 0.05
 
 @attrs.define(eq=False)
 class Part(Peers):
-    """One rank's part in the rounds of its group."""
+    """
+    One rank's part in the rounds of its group.
 
+    Attributes:
+        spent: Keys that nobody reads any more.
+    """
+
+    spent: deque[str] = attrs.field(factory=deque, init=False)
     _view: Store | None = attrs.field(default=None, init=False)
     """The group's own part of the store."""
     _joining: threading.Lock = attrs.field(factory=threading.Lock, init=False)
@@ -57,10 +64,8 @@ class Part(Peers):
     """The scope whose failure was published last, and its number among all that were."""
     _reported: str = attrs.field(default="", init=False)
     """The round whose count says that this rank has something to tell."""
-    _read: list[str] = attrs.field(factory=list, init=False)
+    _latest: list[str] = attrs.field(factory=list, init=False)
     """Keys of the latest complete round."""
-    _stale: list[str] = attrs.field(factory=list, init=False)
-    """Keys of the one before."""
     _odd: list[str] = attrs.field(factory=list, init=False)
     """Keys of rounds that were not complete, or were written after their end; removed after the next one that is."""
 
@@ -85,7 +90,8 @@ class Part(Peers):
             self.tell(Record(last_word=last_word), store)
         if leave(view, self.life, self.rank, self.world_size):
             ranks = (self.key(f"rank/{rank}") for rank in range(self.world_size))
-            remove([*self._odd, *self._stale, *self._read, *ranks], store)
+            self.spent += [*self._odd, *self._latest, *ranks]
+        self.remove_spent(store)
 
     def publish(self, record: Record, store: Store) -> None:
         """Tell all ranks that this one failed."""
@@ -109,9 +115,8 @@ class Part(Peers):
         if self.is_left_behind():
             self._odd += [f"{key}/n"]
             return
-        # All read that before they came here; the first of them removes it, when nobody waits for that.
-        stale, self._stale = self._stale if count % REPORT == ARRIVED else [], []
-        if has_all(count, self.world_size):
+        is_last = has_all(count, self.world_size)
+        if is_last:
             text = ALL_OK if is_uneventful(count) else self._judgment(wait, store, count)
             verdict = decode_verdict(set_first(store, f"{key}/v", text), record, self.world_size)
         else:
@@ -130,13 +135,17 @@ class Part(Peers):
             self.read(store, [self.server])  # once: what can be said when there is no store any more
         # If all have come, all have read the verdicts of the rounds before.
         if verdict.complete:
-            stale, self._odd = [*stale, *self._odd], []
-            self._stale, self._read = self._read, [f"{key}/n", f"{key}/v"]
+            self.spent += [*self._odd, *(self._latest if is_last else ())]
+            self._odd, self._latest = [], [f"{key}/n", f"{key}/v"]
         else:
             # A thread that was left behind may come to wait for a verdict that has a reason.
             self._odd += [f"{key}/n"] if verdict.reason else [f"{key}/n", f"{key}/v"]
         wait.replies.put(verdict)  # only now: see the end of decide()
-        remove(stale, store)
+
+    def remove_spent(self, store: Store) -> None:
+        """Remove keys that nobody reads any more, on the control thread, so that no rank waits for that."""
+        while self.spent:
+            store.delete_key(self.spent.popleft())
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
         """Whether a rank that the *earlier* entry lacked has come at least to the first round that was *missed*."""

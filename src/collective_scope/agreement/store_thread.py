@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -220,12 +220,6 @@ def peek(store: Store, key: str) -> bytes:
     """
     # A compare_set that cannot match returns the present value, or what was expected.
     return compare_set(store, key, ABSENT, ABSENT)
-
-
-def remove(keys: Iterable[str], store: Store) -> None:
-    """Delete *keys*, whether they are there or not."""
-    for key in keys:
-        store.delete_key(key)
 
 
 def knock(store: Store) -> None:

@@ -26,7 +26,8 @@ Part.lost, .beats, the control thread                         the same
 .revoked, .asked
 Part._odd          the store thread; the control thread, for  the store thread
                    a wait that is over
-Part.items         the store and control threads              the control thread
+Part.spent,        the store and control threads              the control thread
+.items
 Part, all others   the store thread                           the store thread
 =================  =========================================  =============================
 """
