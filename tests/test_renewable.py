@@ -387,6 +387,14 @@ def test_renewable_group_arguments_that_make_no_sense_are_refused(monkeypatch: p
         RenewableGroup(store=store, rank=2, world_size=2)
     with pytest.raises(ValueError, match=r"^grace must be seconds, at least 0 and finite \(got -1\)$"):
         RenewableGroup(store=store, rank=0, world_size=2, grace=-1)
+    with pytest.raises(TypeError, match=r"^grace must be seconds as a number \(got '1'\)$"):
+        RenewableGroup(store=store, rank=0, world_size=2, grace="1")  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(TypeError, match=r"^make must be callable \(got 3\)$"):
+        RenewableGroup(3, store=store, rank=0, world_size=2)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(TypeError, match=r"^world_size must be an integer \(got 2.0\)$"):
+        RenewableGroup(store=store, rank=0, world_size=2.0)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(TypeError, match=r"^store must be a torch.distributed.Store \(got 'x'\)$"):
+        RenewableGroup(store="x", rank=0, world_size=2)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(TypeError, match=r"^fn must be callable \(got 3\)$"):
         RenewableGroup(store=store, rank=0, world_size=2).on_revoke(3)  # type: ignore[arg-type]  # wrong on purpose
 
@@ -430,6 +438,69 @@ def test_world_whose_destroy_fails_says_how() -> None:
 
     with pytest.raises(LookupError, match="no such communicator"):
         world.destroy()
+
+
+def test_world_that_cannot_be_made_after_a_destroy_that_failed_says_both() -> None:
+    """The error of a destroy on a revoked group is no failure by itself, and may be why the next make fails."""
+    made: list[int] = []
+
+    def make(_: dist.Store) -> None:
+        made.append(1)
+        if len(made) > 1:
+            msg = "there is one already"
+            raise ValueError(msg)
+
+    def destroy() -> None:
+        msg = "no such communicator"
+        raise LookupError(msg)
+
+    world = RenewableGroup(make, store=dist.HashStore(), rank=0, world_size=1, destroy=destroy)
+    with collective_scope(world):
+        pass
+    world.revoke(is_at_work=False)
+
+    with pytest.raises(ValueError, match="there is one already") as raised, collective_scope(world):
+        pass
+
+    assert ["Destroying the revoked group had failed: LookupError: no such communicator"] == raised.value.__notes__
+
+
+def _stuck_at_the_store(rank: int, world_size: int, how: str) -> list[tuple[str, Any]]:
+    def make(store: dist.Store) -> dist.Store:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        return store
+
+    world = RenewableGroup(make, store=_store(f"stuck at the store, {how}"), rank=rank, world_size=world_size)
+
+    def wait() -> Any:
+        return _sum_of_ranks(dist.new_group()) if how == "new_group" else world.value.get("never")
+
+    seen = _in_scopes(world, [_sum_of_ranks, _fail_on(rank, 1, wait), lambda: _sum_of_ranks(dist.new_group())])
+    world.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("how", ["new_group", "get"])
+def test_world_frees_a_rank_that_waits_at_the_store_of_the_group(how: str, run_on: Run) -> None:
+    """A body that makes a group waits for its peers at the store, which has no other end than its time limit."""
+    freed, failed = run_on(2, _stuck_at_the_store, how)
+
+    assert ["", "DistNetworkError", ""] == [error for error, _ in freed]
+    assert ["", "ValueError", ""] == [error for error, _ in failed]
+
+
+def _destroyed_by_a_body_that_passes(rank: int, world_size: int) -> list[tuple[str, Any]]:
+    world = RenewableGroup(store=_store("destroyed by a body that passes"), rank=rank, world_size=world_size)
+    seen = _in_scopes(world, [_sum_of_ranks, dist.destroy_process_group, _sum_of_ranks, _sum_of_ranks])
+    world.destroy()
+    return seen
+
+
+def test_world_that_a_body_has_destroyed_costs_one_scope(run_on: Run) -> None:
+    """A test that tidies up too much breaks the next one, which says so; the one after that has a group again."""
+    for seen in run_on(2, _destroyed_by_a_body_that_passes):
+        assert ["", "", "ValueError", ""] == [error for error, _ in seen]
+        assert "Default process group has not been initialized" in seen[2][1]
 
 
 def _group_made_by_a_body(rank: int, world_size: int) -> tuple[list[tuple[str, Any]], float]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +13,39 @@ import torch.distributed as dist
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A launcher sets these for every rank."""
+
+
+def check_arguments(
+    *, make: object, store: object, rank: object, world_size: object, destroy: object, grace: object
+) -> None:
+    """
+    Check what a `RenewableGroup` was given, before anything is made of it.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If one is neither given nor in the environment, or *grace* makes no sense.
+    """
+    given = zip(VARIABLES, (rank, world_size, store, store), strict=True)
+    absent = [name for name, value in given if value is None and name not in os.environ]
+    if absent:
+        lacking = ", ".join(absent)
+        msg = f"store, rank and world_size must be given, or be in the environment (which lacks {lacking})"
+        raise ValueError(msg)
+    rules: tuple[tuple[str, object, Any, str], ...] = (
+        ("make", make, Callable, "callable"),
+        ("store", store, dist.Store, "a torch.distributed.Store"),
+        ("rank", rank, Integral, "an integer"),
+        ("world_size", world_size, Integral, "an integer"),
+        ("destroy", destroy, Callable, "callable"),
+        ("grace", grace, Real, "seconds as a number"),
+    )
+    for name, value, kind, what in rules:
+        if value is not None and not isinstance(value, kind):
+            msg = f"{name} must be {what} (got {value!r})"
+            raise TypeError(msg)
+    if not isinstance(grace, Real) or not 0 <= float(grace) < float("inf"):
+        msg = f"grace must be seconds, at least 0 and finite (got {grace!r})"
+        raise ValueError(msg)
 
 
 def store_of_launcher(rank: int, name: str = "") -> dist.Store:

@@ -46,6 +46,11 @@ MADE_TWICE = (
 MADE_AGAIN = "The group was revoked in scope "
 
 
+def destroy_had_failed(error: BaseException) -> str:
+    """Say why a group may be there still that was to be destroyed."""
+    return f"Destroying the revoked group had failed: {one_line(type_name(error), message_of(error))}"
+
+
 def made_again(since: str) -> str:
     """Say why a group may be gone that was made before."""
     return (

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ._environment import VARIABLES, make_default_group, store_of_launcher
+from . import _notes
+from ._environment import check_arguments, make_default_group, store_of_launcher
 from ._torch import (
     abort_nccl,
     all_groups,
@@ -78,6 +79,7 @@ class RenewableGroup:
         grace: Seconds from a failure until the group is revoked, if not all ranks have come to the exit.
 
     Raises:
+        TypeError: If an argument has a wrong type.
         ValueError: If an argument is not given and not in the environment, or makes no sense.
 
     Attributes:
@@ -95,19 +97,11 @@ class RenewableGroup:
         destroy: Callable[[], object] | None = None,
         grace: float = 0.5,
     ) -> None:
-        given = zip(VARIABLES, (rank, world_size, store, store), strict=True)
-        absent = [name for name, value in given if value is None and name not in os.environ]
-        if absent:
-            lacking = ", ".join(absent)
-            msg = f"store, rank and world_size must be given, or be in the environment (which lacks {lacking})"
-            raise ValueError(msg)
-        self.rank = int(os.environ["RANK"]) if rank is None else rank
-        self.world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
+        check_arguments(make=make, store=store, rank=rank, world_size=world_size, destroy=destroy, grace=grace)
+        self.rank = int(os.environ["RANK"]) if rank is None else int(rank)
+        self.world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else int(world_size)
         if not 0 <= self.rank < self.world_size:
-            msg = f"rank must be at least 0 and less than world_size (got {rank!r} of {world_size!r})"
-            raise ValueError(msg)
-        if not 0 <= grace < float("inf"):
-            msg = f"grace must be seconds, at least 0 and finite (got {grace!r})"
+            msg = f"rank must be at least 0 and less than world_size (got {self.rank} of {self.world_size})"
             raise ValueError(msg)
         self.grace = float(grace)
         self.store = store_of_launcher(self.rank) if store is None else store
@@ -171,20 +165,23 @@ class RenewableGroup:
             life: What no other group on this store was ever called; the same on all ranks.
         """
         with self._left_alone():
-            self._take_down()
+            earlier = self._take_down()
             self._attempts += 1
             self._is_revoked = False
             if has_accelerator():
                 synchronize_accelerator()  # raises if the device is not usable any more
             self._known = weakref.WeakSet(all_groups())
             self._connections = Connections(self._port)
-            # A client of its own: its connection can be cut if a peer fails to make its part.
-            store = dist.PrefixStore(f"collective_scope/{life}/made {self._attempts}", self.store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
+            client = self._connections.open_client(self.store.clone)  # type: ignore[attr-defined]  # missing in torch's stubs
+            store = dist.PrefixStore(f"collective_scope/{life}/made {self._attempts}", client)
             self._exists = True
             try:
                 self.value = self._make(store)
+            except BaseException as error:
+                if earlier is not None:
+                    error.add_note(_notes.destroy_had_failed(earlier))
+                raise
             finally:
-                # Without those of the store: NCCL's monitor says at length that it has lost it.
                 self._connections.note()
                 self._of_make = weakref.WeakSet(self._groups)
                 self._named = groups_so_far()
@@ -245,7 +242,7 @@ class RenewableGroup:
         """Do it, with the lock held; what was done already, again only if it does no harm."""
         if not self._exists:
             return
-        groups, is_first = self._groups, not self._is_revoked
+        groups, is_first, has_nccl = self._groups, not self._is_revoked, self.interrupts_first
         self._is_revoked = self.is_due = True
         if is_first:
             for callback in self._callbacks:
@@ -253,7 +250,8 @@ class RenewableGroup:
         if is_at_work:
             abort_nccl(groups)
         if is_first:
-            self._connections.cut()
+            # NCCL's monitor says at length that it has lost the store.
+            self._connections.cut(with_client=not has_nccl)
             # A body has made groups; one that it has destroyed may still be connected, if anything refers to it.
             if groups_so_far() > self._named or any(group not in self._of_make for group in groups):
                 self._connections.cut_accepted()
@@ -279,9 +277,10 @@ class RenewableGroup:
         """Where the store is served, which is never cut off."""
         return getattr(base_of(self.store), "port", None)
 
-    def _take_down(self) -> None:
+    def _take_down(self) -> BaseException | None:
+        """Destroy what there is; return the error of that if the group was revoked: it may be gone already."""
         if not self._exists:
-            return
+            return None
 
         def destroy() -> None:
             if self._is_revoked:
@@ -292,8 +291,9 @@ class RenewableGroup:
         self.value, self._exists = None, False
         self._callbacks = []
         forget_unfinished_groups()
-        if error is not None and not self._is_revoked:  # of a group that was revoked, it may be gone already
+        if error is not None and not self._is_revoked:
             raise error
+        return error
 
     def _destroy_default(self) -> None:
         value, self.value = self.value, None

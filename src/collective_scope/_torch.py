@@ -99,12 +99,17 @@ def is_end_of_gloo(message: str) -> bool:
 
 def has_ended(failures: Iterable[Outcome]) -> bool:
     """Whether one of *failures* is an error after which no collective of the group works, such as its own time limit."""
-    return any(is_end_of_gloo(each.message) or each.type_name.endswith("DistBackendError") for each in failures)
+    return any(is_end_of_group(each.message) or each.type_name.endswith("DistBackendError") for each in failures)
 
 
 def is_end_of_group(message: str) -> bool:
     """Whether *message* is of an error of a group that is dead, or is not in torch's books any more."""
-    unknown = "in the world group map", "Could not resolve the process group", "Invalid process group specified"
+    unknown = (
+        "in the world group map",
+        "Could not resolve the process group",
+        "Invalid process group specified",
+        "Default process group has not been initialized",
+    )
     return any(words in message for words in unknown) or is_end_of_gloo(message)
 
 

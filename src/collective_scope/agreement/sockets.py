@@ -6,8 +6,12 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+
+T = TypeVar("T")
 
 
 def connected_sockets(*, to: Collection[int] | None = None, but_to: int | None = None) -> dict[int, str]:
@@ -95,14 +99,25 @@ class Connections:
     def __init__(self, port: int | None) -> None:
         self._port, self._before = port, connected_sockets()
         self._of_make: dict[int, str] = {}
+        self._client: dict[int, str] = {}
+
+    def open_client(self, clone: Callable[[], T]) -> T:
+        """Return the client of the store that *clone* opens for the group alone; note its connection, which can be cut."""
+        while True:
+            before = connected_sockets(to={self._port or 0})
+            client = clone()
+            now = connected_sockets(to={self._port or 0})
+            self._client = {fd: link for fd, link in now.items() if before.get(fd) != link}
+            if len(self._client) <= 1:  # otherwise another thread has connected just now: which is whose?
+                return client
 
     def note(self) -> None:
         """Note those that were opened until now: the group is made."""
         self._of_make = self._opened(but_to=self._port)
 
-    def cut(self) -> None:
-        """Cut those that were noted."""
-        cut(self._of_make)
+    def cut(self, *, with_client: bool) -> None:
+        """Cut those that were noted; that of the client, too, which a rank waits for that makes a group in its body."""
+        cut(self._of_make | (self._client if with_client else {}))
 
     def cut_unfinished(self) -> None:
         """Cut all that were opened until now, also those to the store: the group is not made yet."""
