@@ -122,7 +122,7 @@ class Failures:
         self, scope: str, primary: BaseException, rest: Iterable[tuple[str, BaseException]] | None = None
     ) -> None:
         """Attach *rest*, by default all that was raised here, to what surfaces: as notes and as an attribute."""
-        rest = list(self.raised if rest is None else rest)
+        rest = [(phase, error) for phase, error in (self.raised if rest is None else rest) if error is not primary]
         # A failure that leaves many scopes finds its own echo from the peers at each: told in full once.
         earlier, notes = _attribute(primary, "collective_scope_errors"), _attribute(primary, "__notes__")
         echoes = PeerFailedError if isinstance(primary, PeerFailedError) else ()
