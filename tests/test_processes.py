@@ -8,6 +8,7 @@ hope that something has happened meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -22,6 +23,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from uuid import uuid4
 
 import attrs
@@ -682,6 +684,68 @@ def test_body_that_exits_waits_for_failure_timeout_at_most(name: str, run: Run) 
     assert next_1.is_ok
 
 
+# What a body does to its process
+
+
+def _replace_the_clock(rank: int, world_size: int, value: float | None) -> tuple[Left, Left]:  # noqa: ARG001  (given to every function of a rank)
+    def body(_: CollectiveScope) -> None:
+        found = find(None)
+        assert found is not None
+        assert found[0].barrier is not None
+        control = found[0].barrier.control
+        effect = None if value is None else {"return_value": value}
+        with mock.patch("time.monotonic", **(effect or {"side_effect": AssertionError("not yours")})):
+            for _ in range(2):  # the control thread goes on looking
+                before = control.heard_at
+                while control.heard_at == before and control.broken is None:
+                    threading.Event().wait(0.01)
+
+    return _leave(collective_scope(name="clock", timeout=_LONG_S), body if rank == 0 else lambda _: None), _leave_next()
+
+
+@pytest.mark.parametrize("value", [1e9, 0.0, None], ids=["future", "past", "raises"])
+def test_scope_whose_body_replaces_the_clock_ends_like_any_other(value: float | None, run: Run) -> None:
+    """A test that puts its own function into the time module does not set the clock of the library's threads."""
+    for left, left_next in run("2", _replace_the_clock, value):
+        assert left.is_ok
+        assert left_next.is_ok
+
+
+class _ClosedHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        msg = f"closed: {record.levelname}"
+        raise SystemExit(msg)
+
+
+def _speak_to_a_handler_that_exits(rank: int, world_size: int) -> tuple[Left, Left, str]:  # noqa: ARG001  (given to every function of a rank)
+    logger, handler = logging.getLogger("collective_scope"), _ClosedHandler()
+    logger.addHandler(handler)
+    read, write, real = *os.pipe(), os.dup(2)
+    os.dup2(write, 2)
+    try:
+        if rank == 1:
+            scope = collective_scope(name="late", timeout=_LONG_S)
+            left = _leave(scope, lambda _: here().wait_for("rank 0 has spoken"))
+        else:
+            threading.Thread(target=lambda: here().announce("rank 0 has spoken") if os.read(read, 1) else None).start()
+            left = _leave(collective_scope(name="late", timeout=_LONG_S, warn_after=0.1), lambda _: None)
+    finally:
+        os.dup2(real, 2)
+        logger.removeHandler(handler)
+        os.close(write)
+    with os.fdopen(read, "rb") as said:
+        return left, _leave_next(), said.read().decode()
+
+
+def test_warning_that_a_handler_refuses_is_written_to_stderr_and_ends_nothing(run: Run) -> None:
+    """A handler whose stream is closed must not end the thread that looks after all scopes of the process."""
+    (waiting, next_0, said), (late, next_1, _) = run("2", _speak_to_a_handler_that_exits)
+
+    assert all(left.is_ok for left in (waiting, late, next_0, next_1))
+    assert "missing" in said
+    assert "(This could not be logged: SystemExit: closed: WARNING)" in said
+
+
 # Exceptions that are hard to pass on
 
 
@@ -705,6 +769,19 @@ class _UnprintableError(Exception):
 class _ExitingError(Exception):
     def __str__(self) -> str:
         raise SystemExit(1)
+
+
+class _AssertingError(Exception):
+    def __str__(self) -> str:
+        raise asyncio.CancelledError  # which is no Exception, as those of pytest are not
+
+
+class _SecretiveError(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("args", "__traceback__", "__cause__", "__notes__"):
+            msg = "secret"
+            raise RuntimeError(msg)
+        return super().__getattribute__(name)
 
 
 class _FalsyError(Exception):
@@ -735,6 +812,8 @@ _ODD: dict[str, Callable[[], BaseException]] = {
     "lock": lambda: _LockingError("holds a lock"),
     "unprintable": _UnprintableError,
     "unprintable-exit": _ExitingError,
+    "unprintable-no-exception": _AssertingError,
+    "secretive": lambda: _SecretiveError("secretive"),
     "megabyte": lambda: ValueError("<" + "x" * 1_000_000 + ">"),
     "surrogates": lambda: ValueError("lone \ud800, NUL \0, emoji \U0001f600, line\nline"),
     "falsy": lambda: _FalsyError("falsy"),
@@ -757,6 +836,8 @@ def _raise_odd(rank: int, world_size: int, name: str, options: dict[str, Any]) -
         ("lock", "tests.test_processes._LockingError", "holds a lock"),
         ("unprintable", "tests.test_processes._UnprintableError", None),
         ("unprintable-exit", "tests.test_processes._ExitingError", None),
+        ("unprintable-no-exception", "tests.test_processes._AssertingError", None),
+        ("secretive", "tests.test_processes._SecretiveError", "secretive"),
         ("surrogates", "ValueError", "lone \ud800, NUL \0, emoji \U0001f600, line\nline"),
         ("falsy", "tests.test_processes._FalsyError", "falsy"),
         ("sealed", "tests.test_processes._SealedError", "sealed"),

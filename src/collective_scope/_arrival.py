@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -18,6 +17,7 @@ from ._membership import Membership
 from ._registry import Registry
 from ._speaker import Speaker
 from .agreement.barrier import Barrier, verdict_alone
+from .agreement.clock import monotonic
 from .agreement.records import AFTER_REVOCATION, Listed, Record, Verdict
 from .agreement.revocation import Renewal, Revocation
 from .agreement.text import message_of, shorten, type_name
@@ -99,7 +99,7 @@ class Arrival(Registry):
         # A rank that is stuck in an earlier scope must not cost each further one a whole timeout.
         timeout = min(options.timeout, options.failure_timeout) if is_entry else options.timeout
         if self._killer is not None:
-            timeout = min(timeout, max(0.0, self._killer.at - time.monotonic()))
+            timeout = min(timeout, max(0.0, self._killer.at - monotonic()))
         return barrier.arrive(record, timeout, options.failure_timeout, self._note_arrival)
 
     def _note_arrival(self, wait: Wait) -> None:
@@ -137,7 +137,7 @@ class Arrival(Registry):
         barrier, span = self._barrier, self._span
         if span is not None:
             if span.history is not None and not span.has_failed:
-                span.history.append((time.monotonic(), "failed"))
+                span.history.append((monotonic(), "failed"))
             span.has_failed = True
             if span.revocation is not None and span.revocation.is_begun:
                 phase += AFTER_REVOCATION

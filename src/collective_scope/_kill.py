@@ -8,10 +8,10 @@ import logging
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 
+from .agreement.clock import monotonic
 from .agreement.stacks import is_runner, no_collection
 
 
@@ -54,7 +54,7 @@ class Killer:
     """
 
     def __init__(self, seconds: float, is_waiting: Callable[[], bool], explain: Callable[[], str]) -> None:
-        self.at = time.monotonic() + seconds
+        self.at = monotonic() + seconds
         self._stop = threading.Event()
         args = (self._stop, seconds, is_waiting, explain)
         self._timer = _Timer(seconds + HELD_S)
@@ -90,7 +90,7 @@ class _Timer:
         if not self._is_posix:
             faulthandler.dump_traceback_later(seconds, exit=True, file=_stderr())
             return
-        _stacks_at.append(time.monotonic() + seconds - STACKS_S)
+        _stacks_at.append(monotonic() + seconds - STACKS_S)
         self._stacks_at = _stacks_at[-1]
         _arm_stacks()
         seconds = min(seconds, LONGEST_S)
@@ -114,7 +114,7 @@ def _arm_stacks() -> None:
     """Have the stacks written when the first of the timers is about to end the process; faulthandler has one timer."""
     faulthandler.cancel_dump_traceback_later()
     if _stacks_at:
-        seconds = max(0.1, min(min(_stacks_at) - time.monotonic(), LONGEST_S))
+        seconds = max(0.1, min(min(_stacks_at) - monotonic(), LONGEST_S))
         faulthandler.dump_traceback_later(seconds, file=_stderr())
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
+
+from .agreement.clock import monotonic, sleep
 
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ def _is_on_one_host(comm: Any) -> bool:
 
 
 def _await(request: Any) -> None:
-    deadline, pause = time.monotonic() + ANNOUNCE_S, 0.0001
+    deadline, pause = monotonic() + ANNOUNCE_S, 0.0001
     while not request.Test():
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             msg = f"not all ranks of the communicator came to their first scope within {ANNOUNCE_S:.0f} s"
             raise TimeoutError(msg)
-        time.sleep(pause)  # not Wait(): that is deaf to Ctrl-C
+        sleep(pause)  # not Wait(): that is deaf to Ctrl-C
         pause = min(0.05, 2 * pause)

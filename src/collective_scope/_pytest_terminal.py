@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ import pytest
 from . import _kill
 from ._pytest_tellings import Telling
 from ._scope import CollectiveScope
+from .agreement.clock import monotonic, sleep
 from .agreement.stacks import where_is
 
 
@@ -97,7 +97,7 @@ class Terminal(logging.Handler):
 
     def begin(self, scope: CollectiveScope) -> None:
         """Note that a phase begins."""
-        self._scope, self._began = scope, time.monotonic()
+        self._scope, self._began = scope, monotonic()
         self.known.clear()
         if self._wakeup >= 0:
             self._claim_wakeup(self._wakeup)
@@ -158,7 +158,7 @@ class Terminal(logging.Handler):
             while numbers := os.read(reader, 64):
                 if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) == self._pass_on:
                     self._tell_all()
-                    time.sleep(STAY_S)
+                    sleep(STAY_S)
                     os._exit(128 + signal.SIGTERM)
             os.close(reader)
 
@@ -198,7 +198,7 @@ class Terminal(logging.Handler):
         scope, is_lowest = self._scope, self.rank == 0
         lines = [f"rank {self.rank} of {self._world_size} is ended by SIGTERM"]
         if scope is not None:
-            lines[0] += f" in {scope.name}, after {time.monotonic() - self._began:.1f} s"
+            lines[0] += f" in {scope.name}, after {monotonic() - self._began:.1f} s"
             lines.append(where_is(threading.main_thread().ident or 0, scope._body))  # noqa: SLF001  (the plugin is a part of this package)
             if (span := scope._span) is not None:  # noqa: SLF001  (as above)
                 lower = [record for rank, record in span.part.records.items() if rank < self.rank]

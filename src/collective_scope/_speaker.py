@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 
 import attrs
 
 from . import _report
 from .agreement.records import Verdict
+from .agreement.text import message_of, one_line, type_name
 
 
 logger = logging.getLogger("collective_scope")
@@ -33,4 +36,9 @@ class Speaker:
             text = _report.gone(verdict, self.rank, seconds)
         else:
             text = _report.late(what, verdict, self.rank, seconds, self._said)
-        logger.warning("%s", text, extra={"rank": self.rank, "scope": self.scope, "phase": what})
+        try:
+            logger.warning("%s", text, extra={"rank": self.rank, "scope": self.scope, "phase": what})
+        except BaseException as broken:  # of a handler: it must not end the thread that looks after all scopes
+            text += f"\n(This could not be logged: {one_line(type_name(broken), message_of(broken))})\n"
+            with contextlib.suppress(OSError):  # there is no stderr either
+                os.write(2, text.encode(errors="replace"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ import attrs
 from . import _notes, _torch
 from ._arrival import Arrival
 from ._cleanups import Cleanup, keep_for_ever
+from .agreement.clock import monotonic
 from .agreement.records import Verdict
 from .agreement.revocation import Renewal
 from .agreement.rounds import late_path
@@ -227,7 +227,7 @@ class Teardown(Arrival):
         if self._parent is not None:
             self._parent._told = self._surfaced  # noqa: SLF001  (a scope too)
             if self._parent._span is not None:  # noqa: SLF001  (a scope too)
-                self._parent._span.stirred = time.monotonic()  # noqa: SLF001  (a scope too)
+                self._parent._span.stirred = monotonic()  # noqa: SLF001  (a scope too)
         if self._killer is not None:
             self._killer.cancel()
         if self._membership is not None and self._membership.open[-1:] == [self]:

@@ -3,6 +3,7 @@ How the ranks of a group agree on one verdict, over a store and nothing else of 
 
 Read in this order, each module importing only from those before it:
 
+* ``clock``: time, whatever tests do to it
 * ``process``: which process a rank is, where it is, what the system says of it
 * ``stacks``, ``text``, ``records``: what a rank tells, and what all ranks are told
 * ``rounds``: paths of scopes, the count of a round, and `judge`, as pure functions

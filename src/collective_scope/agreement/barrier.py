@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
 import attrs
 
+from .clock import monotonic, sleep
 from .control import THAW_S, Control
 from .part import Part
 from .records import Outcome, Record, Verdict
@@ -99,8 +99,8 @@ class Barrier:
         broken = self.control.broken
         if broken is not None and not isinstance(broken, RuntimeError):
             raise broken
-        self._thaw(time.monotonic())
-        now = time.monotonic()
+        self._thaw(monotonic())
+        now = monotonic()
         timeout = timeout if record.outcome.ok else min(timeout, failure_timeout)
         earlier = self._refused if record.stage == "entry" else None
         thread = self._get_thread()
@@ -123,7 +123,7 @@ class Barrier:
             thread.submit(functools.partial(self.part.leave, last_word))
             thread.submit(done.put)
             thread.stop()
-            next_reply(done, time.monotonic() + LEAVE_S)
+            next_reply(done, monotonic() + LEAVE_S)
 
     def _thaw(self, now: float) -> None:
         """
@@ -133,7 +133,7 @@ class Barrier:
         """
         calm_at = now + THAW_S if now > self.control.heard_at + GRACE_S else self.control.calm_at
         if now < calm_at and self.part.life:
-            time.sleep(calm_at - now)
+            sleep(calm_at - now)
 
     def _get_thread(self) -> StoreThread:
         if self._thread is None:
@@ -153,15 +153,15 @@ class Barrier:
         return attrs.evolve(verdict, global_ranks=self.global_ranks) if self.global_ranks else verdict
 
     def _await(self, wait: Wait) -> Verdict:
-        reply = self._taken(next_reply(wait.replies, time.monotonic() + FIRST_LOOK_S), wait)
+        reply = self._taken(next_reply(wait.replies, monotonic() + FIRST_LOOK_S), wait)
         if reply is None:
             self.control.wake()
         while reply is None:
             # The control thread ends the wait; this bound holds when the store keeps it from doing so.
             limit = max(wait.deadline, self.control.heard_at if self.part.life else 0.0) + GRACE_S
-            if time.monotonic() > limit:
+            if monotonic() > limit:
                 self._leave_behind(wait, f"rank {self.rank} gave up, because the store did not answer")
-                now = time.monotonic()
+                now = monotonic()
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
             reply = self._taken(next_reply(wait.replies, limit), wait)
         wait.reply, wait.over = reply, True
@@ -171,7 +171,7 @@ class Barrier:
         if not isinstance(reply.error, RuntimeError):  # not one of torch's store errors
             raise reply.error
         self.gone = reply.error
-        return self._alone(wait.record, time.monotonic() - wait.start, reply.error)
+        return self._alone(wait.record, monotonic() - wait.start, reply.error)
 
     def _taken(self, reply: Any, wait: Wait) -> Any:
         """Return *reply* for what it is to this *wait*: None if it was for an earlier one, which is over."""
@@ -193,13 +193,13 @@ class Barrier:
         if wait.record.outcome.ok:
             wait.record = attrs.evolve(wait.record, outcome=Outcome.of(interrupt, "barrier"))
         self._leave_behind(wait, f"rank {self.rank} stopped waiting at the barrier")
-        reply = self._taken(next_reply(wait.replies, time.monotonic() + STOP_S), wait)
+        reply = self._taken(next_reply(wait.replies, monotonic() + STOP_S), wait)
         if isinstance(reply, Verdict):
             wait.reply = self._note(reply, wait.record)
 
     def _leave_behind(self, wait: Wait, reason: str) -> None:
         """Have the control thread write the verdict; leave the store thread alone, which waits for it."""
-        wait.reason, wait.deadline = reason, time.monotonic()
+        wait.reason, wait.deadline = reason, monotonic()
         self._thread, self.in_step = None, False
         self.control.wake()
 

@@ -28,7 +28,6 @@ import functools
 import math
 import os
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from queue import SimpleQueue
 import attrs
 from torch.distributed import Store
 
+from .clock import monotonic, sleep
 from .life import ROOT
 from .part import Part
 from .peers import NEWS
@@ -98,7 +98,7 @@ class Control:
         """Numbers of the news that this process wrote, and when."""
         self.left = ""
         """Name of the scope that was left last."""
-        self.heard_at = time.monotonic()
+        self.heard_at = monotonic()
         """When the store was last heard of."""
         self.calm_at = 0.0
         """When all have had the time to say what they decided while the store stood still."""
@@ -143,12 +143,12 @@ class Control:
         done: SimpleQueue[dict[int, Place]] = SimpleQueue()
         self._surveys.append((span, done))
         self.wake()
-        places: dict[int, Place] | None = next_reply(done, time.monotonic() + timeout)
+        places: dict[int, Place] | None = next_reply(done, monotonic() + timeout)
         return {span.part.rank: self.place(span)} if places is None else places  # the store may not answer
 
     def heard(self) -> None:
         """Note that the store has answered."""
-        now = time.monotonic()
+        now = monotonic()
         if now > self.heard_at + GRACE_S:  # it, or this process, has stood still
             self.calm_at = now + THAW_S
         self.heard_at = now
@@ -188,7 +188,7 @@ class Control:
     def _look(self, store: Store) -> None:
         self._note_processes()
         fresh = self._read_news(store)
-        now = time.monotonic()
+        now = monotonic()
         for key, span in list(self.spans.items()):
             span.look(store, now, fresh.get(span.part.life, set()))
             if span.is_left and span.is_idle:
@@ -205,7 +205,7 @@ class Control:
 
     def _read_news(self, store: Store) -> dict[str, set[int]]:
         """Act on the news; return the ranks that have failed, by the life of their group."""
-        count, now = store.add(NEWS, 0), time.monotonic()
+        count, now = store.add(NEWS, 0), monotonic()
         self.heard()
         is_first = self._seen < 0
         self._seen = max(count - OLD_NEWS, 0) if is_first else self._seen
@@ -259,7 +259,7 @@ class Control:
             after = f", after scope {self.left!r}" if self.left else ""
             main = threading.main_thread().ident
             return Place(me(), phase=f"outside of any scope{after}", frames=where_is(main) if main else "")
-        inner, seconds = spans[-1], time.monotonic() - spans[-1].since
+        inner, seconds = spans[-1], monotonic() - spans[-1].since
         frames = where_is(inner.thread, inner.body)
         return Place(me(), "", inner.path, f"{inner.phase} scope {inner.name!r}", seconds, frames)
 
@@ -271,10 +271,10 @@ class Control:
         ended, begun = divmod(store.add(f"{ROOT}/controls", ENDED), ENDED)
         if self.serves and ended < begun:
             store.set(f"{NEWS}/{store.add(NEWS, 1)}", "closing *")
-            deadline = time.monotonic() + CLOSING_S
+            deadline = monotonic() + CLOSING_S
             # Those that begin from now on serve groups of later.
-            while ended + self._ended(store) < begun and time.monotonic() < deadline:
-                time.sleep(WAITING_S / 5)
+            while ended + self._ended(store) < begun and monotonic() < deadline:
+                sleep(WAITING_S / 5)
                 ended = store.add(f"{ROOT}/controls", 0) // ENDED
         self.broken = self.broken or RuntimeError("the process that serves the group's store has left")
 

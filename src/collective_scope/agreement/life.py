@@ -7,10 +7,10 @@ keys of its own, so that what an earlier one has left behind says nothing to a l
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from .clock import monotonic, sleep
 from .store_thread import compare_set, set_first
 
 
@@ -37,12 +37,12 @@ def join(view: Store, store: Store, rank: int, world_size: int) -> str:
         world_size: Number of ranks of the group.
     """
     key, fresh, seat = _key(world_size), uuid4().hex.encode(), f"seat {uuid4().hex}".encode()
-    deadline = time.monotonic() + DELETE_S
+    deadline = monotonic() + DELETE_S
     life = set_first(view, key, fresh)
     # It is over if a rank has left it, or if this rank, in an earlier life, is there already.
     while b" " in life or set_first(store, f"{ROOT}/{life.decode()}/rank/{rank}", seat) != seat:
-        if life.split(b" ")[1:2] == [str(world_size).encode()] and time.monotonic() < deadline:
-            time.sleep(DELETE_S / 1000)  # all have left, and the last one deletes the key: not one of a new life
+        if life.split(b" ")[1:2] == [str(world_size).encode()] and monotonic() < deadline:
+            sleep(DELETE_S / 1000)  # all have left, and the last one deletes the key: not one of a new life
             life = set_first(view, key, fresh)
             continue
         there = compare_set(view, key, life, fresh)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import attrs
 
+from .clock import monotonic, sleep
 from .part import POLL_S, Part
 from .process import NOBODY, Place
 
@@ -84,8 +84,8 @@ class Locator:
     def survey(self, store: Store, ranks: list[int], meanwhile: Callable[[], object]) -> dict[int, Place]:
         """Ask *ranks*, whatever they do, and return where they are a moment later; they may be asking, too."""
         self.forget()
-        self.ask(store, time.monotonic(), "")
-        while self.has_time(time.monotonic()) and not self.have_answered(store, ranks):
+        self.ask(store, monotonic(), "")
+        while self.has_time(monotonic()) and not self.have_answered(store, ranks):
             meanwhile()
-            time.sleep(POLL_S / 2)
-        return self.where(time.monotonic(), ranks)
+            sleep(POLL_S / 2)
+        return self.where(monotonic(), ranks)

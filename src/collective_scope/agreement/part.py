@@ -11,7 +11,6 @@ The table of what threads share is in ``wait``.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -19,6 +18,7 @@ from typing import Any, cast
 import attrs
 from torch.distributed import Store
 
+from .clock import monotonic, sleep
 from .life import join, leave
 from .peers import NEWS, Peers
 from .process import Place
@@ -102,7 +102,7 @@ class Part(Peers):
             self._reported = record.round
             store.add(self.key(f"{record.round}/n"), REPORT)
         store.set(f"{NEWS}/{number}", f"failed {self.life} {self.rank}")
-        self.items.append((number, time.monotonic()))
+        self.items.append((number, monotonic()))
 
     def attend(self, wait: Wait, has_thread: bool, store: Store) -> None:  # noqa: FBT001  (passed on by position)
         """Arrive, and get the verdict, or write it if this rank is the last to arrive."""
@@ -156,11 +156,11 @@ class Part(Peers):
         """Wait for the verdict on the rank's own thread, and end the wait, because there is no other thread."""
         key = f"{self.key(wait.record.round)}/v"
         while not store.check([key]):
-            now = time.monotonic()
+            now = monotonic()
             self.read(store, range(self.world_size))
             if self.hasten(wait, now) or now > wait.deadline:
                 self.decide(wait, store, (), {})
-            time.sleep(POLL_S)
+            sleep(POLL_S)
         return store.get(key)
 
     def _report(self, record: Record, store: Store) -> int:
@@ -221,15 +221,15 @@ class Part(Peers):
         if records.get(self.rank, Record()).round != wait.record.round or wait.reason:
             records[self.rank] = attrs.evolve(wait.record, arrived=wait.counted)
         facts |= {"all_arrived": has_all(count, self.world_size), "revoked": is_revoked(count), "reason": wait.reason}
-        facts["timeout"] = 0.0 if facts["all_arrived"] else time.monotonic() - wait.start
+        facts["timeout"] = 0.0 if facts["all_arrived"] else monotonic() - wait.start
         return encode_verdict(judge(records, wait.record, self.world_size, **facts))
 
     def _await_records(self, mine: Record, arrived: int, store: Store) -> None:
         """Give ranks that have arrived a moment ago the time to say so."""
-        limit = time.monotonic() + RECORDS_S
-        while time.monotonic() < limit:
+        limit = monotonic() + RECORDS_S
+        while monotonic() < limit:
             self.read(store, range(self.world_size))
             here = [r for r in self.records.values() if r.round == mine.round and r.arrived]
             if len(here) >= arrived:
                 break
-            time.sleep(RECORDS_S / 20)
+            sleep(RECORDS_S / 20)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
 import attrs
 from torch.distributed import Store
 
+from .clock import monotonic
 from .life import ROOT
 from .process import Process, me
 from .records import Record
@@ -100,7 +100,7 @@ class Peers:
         """Write an item of the news; return its number."""
         number = store.add(NEWS, 1)
         store.set(f"{NEWS}/{number}", item)
-        self.items.append((number, time.monotonic()))
+        self.items.append((number, monotonic()))
         return number
 
     def tell(self, record: Record, store: Store) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import ctypes
 import signal
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol, runtime_checkable
 
 import attrs
 
+from .clock import monotonic, sleep
 from .text import OURS
 
 
@@ -183,14 +183,14 @@ class Revocation:
         return self.thread == threading.main_thread().ident
 
     def _revoke(self, pause: float, is_at_work: bool) -> None:  # noqa: FBT001  (passed on by position)
-        time.sleep(pause)
+        sleep(pause)
         with self._revoking:
             try:
                 if not self._is_over:
                     self.renewal.revoke(is_at_work=is_at_work)
             except BaseException as error:  # handed to the control thread
                 self._error = error
-        self._done_at = time.monotonic()
+        self._done_at = monotonic()
 
 
 _asked: list[Revocation] = []

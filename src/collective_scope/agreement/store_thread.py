@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import socket
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +21,7 @@ from typing import Any
 import attrs
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from .clock import monotonic
 from .sockets import connected_sockets, cut
 
 
@@ -106,7 +106,7 @@ def next_reply(replies: SimpleQueue[Any], until: float) -> Any:
     or to another thread, does not end it, and its handler runs when it ends.
     """
     while True:
-        left = until - time.monotonic()
+        left = until - monotonic()
         try:
             return replies.get(timeout=max(0.0, min(left, SIGNALS_S)))
         except Empty:
@@ -168,9 +168,9 @@ def _stop_all() -> None:
 
 def _join(threads: list[threading.Thread], timeout: float) -> bool:
     """Wait until *threads* have ended, up to *timeout* seconds for all; return whether they have."""
-    deadline = time.monotonic() + timeout
+    deadline = monotonic() + timeout
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        thread.join(max(0.0, deadline - monotonic()))
     return not any(thread.is_alive() for thread in threads)
 
 

@@ -29,7 +29,9 @@ def message_of(exc: BaseException) -> str:
     """Return ``str(exc)``, or why there is none."""
     try:
         return str(exc)
-    except (Exception, SystemExit) as broken:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as broken:  # such as pytest's, of an assertion that failed in it
         return f"<its str() raised {type_name(broken)}>"
 
 
@@ -49,11 +51,14 @@ def without_frames_of_ours(tb: TracebackType | None) -> TracebackType | None:
 
 def traceback_of(exc: BaseException) -> str:
     """Return the formatted traceback of *exc*, or what can be said without it."""
+    tb = object.__getattribute__(exc, "__traceback__")  # whatever its class does when it is asked
     try:
-        text = "".join(traceback.format_exception(type(exc), exc, without_frames_of_ours(exc.__traceback__)))
-    except (Exception, SystemExit) as broken:
+        text = "".join(traceback.format_exception(type(exc), exc, without_frames_of_ours(tb)))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as broken:
         # An exception may bring notes, causes or members of its own making.
-        lines = "".join(traceback.format_tb(exc.__traceback__))
+        lines = "".join(traceback.format_tb(tb))
         text = f"{lines}{type_name(exc)}: <it cannot be formatted: that raised {type_name(broken)}>\n"
     return shorten(text, TRACEBACK_LIMIT)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
+from .clock import monotonic
 from .locate import ANSWER_S, Locator
 from .losses import BEATS_S, find_lost
 from .part import Part
@@ -112,7 +112,7 @@ class Span:
 
     def enter(self, phase: str) -> None:
         """Note, on the rank's thread, that the rank goes into *phase* now."""
-        self.phase, self.since = phase, time.monotonic()
+        self.phase, self.since = phase, monotonic()
         self.stirred = self.since
         if self.history is not None:
             self.history.append((self.since, phase))
