@@ -65,6 +65,8 @@ def _work_until_it_is_gone(pid: int) -> None:
 def _have_one_ended(rank: int, _world_size: int) -> tuple[str, str, float]:
     logging.basicConfig()
     sys.stderr = io.StringIO()  # as where it is captured
+    if rank == 1:
+        sys.stdout = None  # type: ignore[assignment]  # as some launchers leave it
     with collective_scope(name="healthy"):
         pass
     start = time.monotonic()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import gc
@@ -1063,6 +1064,42 @@ def test_scope_left_before_one_within_it_says_so_and_the_peers_stay_in_step() ->
     assert told[0].startswith("rank 0 of 2 failed in scope 'outer', around scope 'inner': RuntimeError: ")
     assert is_ok
     assert is_peer_ok
+
+
+def test_scopes_of_overlapping_tasks_on_one_group_say_so_and_later_ones_work() -> None:
+    """Tasks have contexts of their own, and share the thread that a rank is: their scopes must be nested, too."""
+
+    async def overlap(group: object) -> list[str]:
+        entered, left = asyncio.Event(), asyncio.Event()
+
+        async def first() -> str:
+            scope = collective_scope(group, name="first").__enter__()
+            entered.set()
+            await left.wait()
+            return _leave(scope)
+
+        async def second() -> str:
+            await entered.wait()
+            scope = collective_scope(group, name="second").__enter__()
+            left.set()
+            await task
+            return _leave(scope)
+
+        task = asyncio.create_task(first())
+        return list(await asyncio.gather(task, second()))
+
+    def run(_rank: int, group: RankGroup, _: Sequencer) -> tuple[list[str], bool]:
+        said = asyncio.run(overlap(group))
+        with collective_scope(group, name="next") as scope:
+            pass
+        return said, _verdict(scope).ok
+
+    for said, is_ok in meet(2, run):
+        assert said == [
+            "scope 'first' was left before scope 'second', which was entered within it",
+            "scope 'second' was left after a scope around it",
+        ]
+        assert is_ok
 
 
 def test_scope_left_out_of_order_without_a_group_says_so_too() -> None:

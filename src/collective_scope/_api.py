@@ -92,7 +92,8 @@ def collective_scope(
         kill_after:
             Longest time from entry to exit, in seconds. When it has passed, a
             rank that is not at the barrier says on stderr where every rank is,
-            tells its peers, and ends its process with exit code 124. Default: none.
+            tells its peers, and ends its process with exit code 124. Until then it needs the one
+            timer of ``faulthandler``, so pytest's ``faulthandler_timeout`` does not count. Default: none.
 
         meet_at_entry:
             Whether the ranks also meet before the body, so that bodies of

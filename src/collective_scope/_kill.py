@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -136,14 +137,13 @@ def _expire(stop: threading.Event, seconds: float, is_waiting: Callable[[], bool
 
 def end(text: str) -> None:
     """End the process with `EXIT_CODE`, after *text* and the stacks of all threads on the real stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue  # closed; what is to be said is said below
-    os.write(_stderr(), f"\n{text}\n{stacks()}".encode(errors="replace"))
-    logging.shutdown()
-    os._exit(EXIT_CODE)
+    with contextlib.ExitStack() as calls:  # from the last one to the first, each whatever those before it have raised
+        calls.callback(os._exit, EXIT_CODE)
+        calls.callback(logging.shutdown)
+        calls.callback(lambda: os.write(_stderr(), f"\n{text}\n{stacks()}".encode(errors="replace")))
+        for stream in (sys.stderr, sys.stdout):
+            if hasattr(stream, "flush"):
+                calls.callback(stream.flush)
 
 
 def stacks() -> str:

@@ -10,7 +10,7 @@ from .agreement.text import message_of, one_line, type_name
 MISNESTING_ADVICE = (
     "Scopes are left in the reverse order in which they were entered, by the thread that entered them. Usual\n"
     "  causes: a scope around the yield of a generator that is not closed in order, __exit__() called by hand,\n"
-    "  two threads on one group. The peers are told that this rank failed; later scopes work again."
+    "  two threads or tasks on one group. The peers are told that this rank failed; later scopes work again."
 )
 
 
@@ -83,6 +83,17 @@ def not_entered(scope: str) -> str:
 def left_out_of_order(scope: str, what: str) -> str:
     """Say that a scope was not left by the rules."""
     return f"scope {scope!r} was left {what}\n  {MISNESTING_ADVICE}"
+
+
+def left_by_another_thread(scope: str) -> str:
+    """Say that a scope was left where it cannot be torn down."""
+    return (
+        f"scope {scope!r} was left by another thread than the one that entered it\n"
+        "  Nothing of it was torn down: its own thread has to leave it. Until then its cleanups do not run, its peers\n"
+        "  wait for this rank, and no other thread of this process can enter a scope of the group. Usual cause: a scope\n"
+        "  around the yield of a generator that another thread has collected. Close it where it runs, for example by\n"
+        "  contextlib.closing()."
+    )
 
 
 def cannot_be_freed(scope: str, reason: str) -> str:

@@ -146,7 +146,7 @@ class CollectiveScope(Entry):
     def _is_of_this_thread(self) -> bool:
         """Whether this process and thread entered the scope; a forked child has copies of its parent's scopes."""
         if self._thread != threading.get_ident() and self._pid == os.getpid():
-            raise RuntimeError(_notes.left_out_of_order(self.name, "by another thread than the one that entered it"))
+            raise RuntimeError(_notes.left_by_another_thread(self.name))
         return self._pid == os.getpid()
 
     def fail(self, error: BaseException) -> None:
@@ -201,15 +201,19 @@ class CollectiveScope(Entry):
         if self._is_orphan:
             self._fail("exit", RuntimeError(_notes.left_out_of_order(self.name, "after a scope around it")))
         if scope is None:
-            return  # another context, such as that of a task
-        if not inner:
+            inner = []  # of another context, such as that of a task
+        elif not inner:
             current.set(self._parent)
+        opened = [] if self._membership is None else self._membership.open
+        later = opened[: opened.index(self) : -1] if self in opened else []  # another task may have entered one
+        inner += [each for each in later if each not in inner]
+        if not inner:
             return
         inner[-1]._parent = self._parent  # noqa: SLF001  (a scope too)
         for each in inner:
             each._is_orphan = True  # noqa: SLF001  (a scope too)
-            if self._membership is not None and each in self._membership.open:
-                self._membership.open.remove(each)
+            if each in opened:
+                opened.remove(each)
         text = f"before scope {inner[-1].name!r}, which was entered within it"
         self._fail("exit", RuntimeError(_notes.left_out_of_order(self.name, text)))
 

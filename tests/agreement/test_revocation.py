@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+
+import pytest
 
 from collective_scope.agreement.revocation import REVOKE_S, Revocation
 from collective_scope.exceptions import RevokedInterrupt
@@ -49,6 +52,24 @@ def test_revocation_under_way_is_waited_for_by_the_rank_that_leaves() -> None:
     may_end.set()
     leaving.join(PATIENCE_S)
     assert not leaving.is_alive()
+
+
+def test_interrupt_that_comes_in_a_finalizer_is_raised_later() -> None:
+    """Python ignores what a finalizer raises, so an interrupt that came there would be lost."""
+    revocation = _revocation(World(int), [])
+    revocation.enter_body()
+    came: list[str] = []
+
+    class Finalized:
+        def __del__(self) -> None:
+            revocation.raise_in(sys._getframe())  # noqa: SLF001  (as the handler of a signal is given it)
+            came.append("to the end")
+
+    Finalized()
+
+    assert ["to the end"] == came
+    with pytest.raises(RevokedInterrupt):
+        revocation.raise_in(sys._getframe())  # noqa: SLF001  (as above)
 
 
 def test_revocation_that_fails_ends_the_process_with_the_reason() -> None:

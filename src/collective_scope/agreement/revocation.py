@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol, runtime_checkable
@@ -108,10 +109,12 @@ class Revocation:
         Raise the interrupt, on the main thread, in the body.
 
         Not in *frame* if that is this library's: a body that comes back from native code with an error
-        may be on its way out, and ``__exit__`` must be reached. The control thread tries again.
+        may be on its way out, and ``__exit__`` must be reached. Not in a ``__del__``, out of which nothing comes.
+        The control thread tries again.
         """
         is_ours = frame is not None and frame.f_code.co_filename.startswith(OURS)
-        if self._may_be_interrupted and not is_ours:
+        is_lost = any(step.f_code.co_name == "__del__" for step, _ in traceback.walk_stack(frame))
+        if self._may_be_interrupted and not is_ours and not is_lost:
             self._may_be_interrupted = False
             raise self.interrupt
 
