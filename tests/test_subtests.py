@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -28,7 +29,7 @@ from collective_scope import (
     current_scope,
 )
 from collective_scope._notes import NOT_RUN
-from collective_scope._subtest_result import ExpectedFailure, judge_subtest
+from collective_scope._subtest_result import ExpectedFailure, ends_loop, judge_subtest
 from collective_scope._subtests_report import summary, write_junit
 from collective_scope.agreement.text import type_name
 from tests.ranks import RankPool, here, values
@@ -75,7 +76,7 @@ def _play(rank: int, world_size: int, name: str, bodies: Mapping[str, Callable[[
         end = error
     world.destroy()
     results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
-    members = [f"{type(e).__name__}: {e}" for e in end.exceptions] if isinstance(end, ExceptionGroup) else []
+    members = [f"{type(e).__name__}: {e}" for e in end.exceptions] if isinstance(end, BaseExceptionGroup) else []
     notes = "\n".join(getattr(end, "__notes__", []))
     return Seen(
         results, "" if end is None else f"{type(end).__name__}: {end}", members, printed.getvalue(), world.made, notes
@@ -185,6 +186,123 @@ def test_subtests_when_a_rank_is_interrupted_end_on_all_ranks(error: type[BaseEx
     assert f"{error.__name__}: enough" == first.end
     assert second.end.startswith("RuntimeError: "), "what gloo raised when the group was revoked"
     assert f"{error.__name__}: enough" in second.notes
+
+
+def _kept(rank: int, world_size: int, kind: str) -> Seen:
+    def raises() -> None:
+        if rank == 1 and kind == "raises":
+            with pytest.raises(ValueError, match="none"):
+                pass
+        if rank == 1 and kind == "group":
+            msg = "two"
+            raise BaseExceptionGroup(msg, [asyncio.CancelledError(), ValueError()])
+        if kind == "xfail":
+            pytest.xfail("known")
+        _sum_of_ranks()
+
+    return _play(rank, world_size, f"kept-{kind}", {"a": raises, "b": _sum_of_ranks})
+
+
+@pytest.mark.parametrize(("kind", "status"), [("raises", "failed"), ("group", "failed"), ("xfail", "xfailed")])
+def test_subtests_after_an_error_that_is_no_exception_go_on_on_every_rank(
+    kind: str, status: str, pool: RankPool
+) -> None:
+    """What pytest.raises and pytest.xfail raise, and a group, are results, and are in the group at the end."""
+    first, second = values(pool.run(_kept, kind, timeout=60.0))
+
+    assert {"a": status, "b": "passed"} == _statuses(first) == _statuses(second)
+    if status == "failed":
+        assert first.end.startswith("ExceptionGroup: 1 of 2 subtests failed"), first.end
+        assert second.end.startswith("BaseExceptionGroup: 1 of 2 subtests failed"), second.end
+        assert 1 == len(second.members)
+
+
+def _make_raises(rank: int, world_size: int, name: str) -> Seen:
+    error = {"Failed": pytest.fail.Exception, "KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[name]
+
+    def make(store: dist.Store) -> None:  # noqa: ARG001  (given to all)
+        if rank == 1 or name == "Failed":
+            msg = "in make"
+            raise error(msg)
+
+    store = dist.PrefixStore(f"make-raises-{name}", here().new_store())
+    world = RenewableGroup(make, store=store, rank=rank, world_size=world_size, destroy=int)
+    return _run_three(world)
+
+
+def _run_three(world: Any, **options: Any) -> Seen:
+    """Go through three subtests that do nothing."""
+    printed, end = io.StringIO(), None
+    subtests = Subtests(world, file=printed, **({"timeout": 30, "failure_timeout": 30} | options))
+    try:
+        with subtests:
+            for id_ in "abc":
+                subtests.run(id_, int)
+    except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
+        end = f"{type(error).__name__}: {error}".splitlines()[0]
+    results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
+    return Seen(results, end or "", [], printed.getvalue(), 0)
+
+
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "SystemExit"])
+def test_subtests_interrupted_at_an_entry_end_on_all_ranks_with_the_subtest_listed(name: str, pool: RankPool) -> None:
+    """The rank raises its interrupt, the peer what it was told of it; both list the subtest."""
+    first, second = values(pool.run(_make_raises, name, timeout=60.0))
+
+    assert f"{name}: in make" == second.end
+    assert first.end.startswith("PeerFailedError: rank 1 of 2 failed in scope 'a'"), first.end
+    assert {"a": "not run"} == _statuses(first) == _statuses(second)
+    assert f"not run: 1 subtest, because rank 1, making the group: {name}: in make" in first.printed
+    assert "the loop ended with subtest 'a'" in first.printed
+
+
+def test_subtests_of_which_the_entry_fails_by_pytest_go_on_on_every_rank(pool: RankPool) -> None:
+    """An error of pytest that making the group raises is kept as any other."""
+    first, second = values(pool.run(_make_raises, "Failed", timeout=60.0))
+
+    assert {"a": "not run", "b": "not run", "c": "not run"} == _statuses(first) == _statuses(second)
+    assert second.end.startswith("BaseExceptionGroup: 0 of 3 subtests failed, and 3 did not run")
+
+
+def _make_skips(rank: int, world_size: int) -> Seen:
+    def make(store: dist.Store) -> None:  # noqa: ARG001  (given to all)
+        pytest.skip("no device")
+
+    store = dist.PrefixStore("make-skips", here().new_store())
+    return _run_three(RenewableGroup(make, store=store, rank=rank, world_size=world_size, destroy=int))
+
+
+def test_subtests_that_every_rank_skips_at_the_entry_are_skipped(pool: RankPool) -> None:
+    """Where all ranks skip while they make the group, nothing has failed."""
+    for seen in values(pool.run(_make_skips, timeout=60.0)):
+        assert {"a": "skipped", "b": "skipped", "c": "skipped"} == _statuses(seen)
+        assert "" == seen.end
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ends"),
+    [
+        (Outcome("body", "KeyboardInterrupt"), True),
+        (Outcome("body", type_name(asyncio.CancelledError())), True),
+        (Outcome("body", type_name(pytest.exit.Exception(""))), True),
+        (Outcome("body", "ValueError", also=("cleanup 'a': SystemExit: 3",)), True),
+        (Outcome("body", "ValueError", also=("cleanup 'a': SystemError: 3",)), False),
+        (Outcome("body", "concurrent.futures._base.CancelledError"), False),
+        (Outcome("body", "Failed"), False),
+    ],
+    ids=["interrupt", "cancelled", "exit-of-pytest", "later", "later-error", "future", "failed"],
+)
+def test_subtest_of_which_a_peer_tells_an_interrupt_ends_the_loop(outcome: Outcome, *, ends: bool) -> None:
+    """What the verdict tells decides, whatever this rank raised."""
+    verdict = Verdict("scope", 2, (0, 1), outcomes={1: outcome})
+
+    assert ends == ends_loop(ValueError(), verdict)
+
+
+def test_subtest_interrupted_at_the_barrier_ends_the_loop() -> None:
+    """Without a verdict nothing is known of the peers: an error that is no Exception ends the loop."""
+    assert ends_loop(pytest.fail.Exception("timeout"), None)
+    assert not ends_loop(ValueError(), None)
 
 
 def _skip_early(rank: int, world_size: int) -> tuple[Seen, list[str]]:

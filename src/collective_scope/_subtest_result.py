@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unittest
 from typing import Literal
 
@@ -9,10 +10,23 @@ import attrs
 
 from .agreement.records import Outcome, Verdict
 from .agreement.rounds import failures_in_order
-from .agreement.text import one_line
+from .agreement.text import message_of, one_line, type_name
 
 
 Status = Literal["passed", "failed", "skipped", "xfailed", "not run"]
+
+
+ENDS = (
+    "KeyboardInterrupt",
+    "SystemExit",
+    "GeneratorExit",
+    "asyncio.exceptions.CancelledError",
+    "_pytest.outcomes.Exit",
+)
+"""Interrupts: errors that end the loop, by name, as peers are told of them."""
+
+_ENDS_LATER = re.compile(rf": ({'|'.join(map(re.escape, ENDS))})(: |$)")
+"""Where a later error of a rank is one of them."""
 
 
 class ExpectedFailure(unittest.SkipTest):
@@ -71,7 +85,7 @@ def judge_subtest(error: BaseException | None, verdict: Verdict | None) -> tuple
     kinds = {rank: _kind(outcome) for rank, outcome in failures.items()}
     if verdict is not None and verdict.complete and len(kinds) == verdict.world_size and len(set(kinds.values())) == 1:
         status = kinds[0]
-        return status, str(error) if status != "failed" else ""
+        return status, message_of(error) if status != "failed" else ""
     first = next((rank for rank, _ in failures_in_order(failures)), None)
     if first is None or kinds[first] == "failed":
         return "failed", ""
@@ -84,3 +98,16 @@ def _kind(outcome: Outcome) -> Status:
     if outcome.type_name.endswith((ExpectedFailure.__name__, "XFailed")):  # the second is pytest's
         return "xfailed"
     return "skipped" if outcome.is_skip else "failed"
+
+
+def ends_loop(error: BaseException | None, verdict: Verdict | None) -> bool:
+    """
+    Whether a subtest in which this rank raised *error* ends the loop: a rank was interrupted.
+
+    The verdict says it to every rank alike. A rank that was interrupted at the barrier has none; and one that
+    was interrupted after it has told nobody.
+    """
+    if error is not None and (type_name(error) in ENDS or (verdict is None and not isinstance(error, Exception))):
+        return True
+    outcomes = () if verdict is None else verdict.failures.values()
+    return any(each.type_name in ENDS or any(map(_ENDS_LATER.search, each.also)) for each in outcomes)

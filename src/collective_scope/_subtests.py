@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 import unittest
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO
 
-import attrs
-
 from . import _groups
-from ._api import collective_scope
-from ._failures import is_skip
-from ._scope import CollectiveScope
-from ._subtest_result import ExpectedFailure, SubtestResult, judge_subtest, told
+from ._subtest import Subtest
+from ._subtest_result import ExpectedFailure, SubtestResult
 from ._subtests_report import Progress, lost, summary, write_junit, write_trace
 from ._torch import has_closed
 from .exceptions import CollectiveScopeError
 
 
 BUDGET_S = 300.0
-
-_ENDS = ("KeyboardInterrupt", "SystemExit")
-"""Errors that end the loop on all ranks, if one of them raises one."""
-
-
-class _NotRun(BaseException):
-    """Raised in the place of a body that does not run."""
 
 
 class Subtests:
@@ -66,6 +54,11 @@ class Subtests:
 
     Raises:
         ExceptionGroup: At the end of the block, on every rank, if subtests failed: what this rank raised in each.
+            A BaseExceptionGroup, if not all of that are of class Exception, such as what ``pytest.fail`` raises.
+
+    A ``KeyboardInterrupt``, ``SystemExit``, ``GeneratorExit``, ``asyncio.CancelledError`` or ``pytest.exit`` on one
+    rank ends the loop on all: that rank raises it, and the others what it has made of their subtest. An interrupt
+    that comes after the barrier, or between two subtests, is not told to the peers, and ends the loop on its rank.
 
     Attributes:
         results: What became of each subtest so far.
@@ -111,11 +104,11 @@ class Subtests:
             file.flush()
         failed = [result for result in self.results if result.status in ("failed", "not run")]
         if failed and error is None:
-            errors = [result.error for result in failed if isinstance(result.error, Exception)]
+            errors = [result.error for result in failed if result.error is not None]
             not_run = sum(result.status == "not run" for result in failed)
             also = f", and {not_run} did not run" if not_run else ""
             msg = f"{len(failed) - not_run} of {len(self.results)} subtests failed{also}"
-            raise ExceptionGroup(msg, errors or [CollectiveScopeError(msg)])
+            raise BaseExceptionGroup(msg, errors or [CollectiveScopeError(msg)])
 
     def test(self, id: str) -> Subtest:  # noqa: A002  (what it is)
         """
@@ -194,89 +187,3 @@ class Subtests:
             self._dead_since = self._dead_since or result.id
         if self._rank == 0:
             self._get_progress().note(result)
-
-
-class Subtest:
-    """The result of `Subtests.test`: a block that runs in a scope, and whose failure is kept."""
-
-    def __init__(self, subtests: Subtests, id: str) -> None:  # noqa: A002  (as in Subtests.test)
-        self.result = SubtestResult(id)
-        self._subtests = subtests
-        self._scope: CollectiveScope | None = None
-        self._tracer: Any = None
-
-    @property
-    def scope(self) -> CollectiveScope:
-        """
-        The scope of this subtest.
-
-        Raises:
-            RuntimeError: If it is not running.
-        """
-        if self._scope is None:
-            msg = f"subtest {self.result.id!r} is not running"
-            raise RuntimeError(msg)
-        return self._scope
-
-    def __enter__(self) -> Self:
-        self.result.began = time.monotonic()
-        why = self._subtests._why_not()  # noqa: SLF001  (a part of it)
-        scope = collective_scope(self._subtests._group, name=self.result.id, **self._subtests._options)  # noqa: SLF001  (a part of it)
-        scope._options = attrs.evolve(scope._options, history=self.result.history)  # noqa: SLF001  (a scope is a part of this package)
-        try:
-            if not why:
-                scope.__enter__()
-                scope._body = sys._getframe(1).f_code  # noqa: SLF001  (documented; no reference to the frame)
-        except Exception as refusal:
-            self.result.error, self.result.verdict = refusal, scope.verdict
-            cause = self.result.cause
-            head = str(refusal).splitlines()[0].replace(f" at the entry of scope {self.result.id!r}", "")
-            head = re.sub(r" after [\d.]+ s", "", head)
-            why = told(*cause) if cause is not None else head  # the same for all subtests that follow
-        if why:
-            self.result.status, self.result.reason = "not run", why
-            self._skip_block(sys._getframe(1))  # noqa: SLF001  (documented)
-        else:
-            self._scope = scope
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
-        if self.result.status == "not run":
-            sys.settrace(self._tracer)
-            raised: BaseException | None = None
-        else:
-            raised = self._leave(kind, error, tb)
-        self.result.seconds = time.monotonic() - self.result.began
-        verdict = self.result.verdict
-        self.result.waited = 0.0 if verdict is None or verdict.complete else verdict.timeout
-        self._subtests._note(self.result)  # noqa: SLF001  (a part of it)
-        is_end = raised is not None and not isinstance(raised, Exception) and not is_skip(raised)
-        if is_end or any(outcome.type_name in _ENDS for outcome in self.result.failures.values()):
-            if raised is not None and raised is not error:
-                raise raised
-            return False
-        return True
-
-    def _leave(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> BaseException | None:
-        """Leave the scope; note what became of the subtest; return what this rank raises."""
-        scope = self.scope
-        try:
-            scope.__exit__(kind, error, tb)
-        except BaseException as raised:
-            error = raised
-        self._scope = None
-        self.result.error, self.result.verdict = error, scope.verdict
-        self.result.status, self.result.reason = judge_subtest(error, scope.verdict)
-        return error
-
-    def _skip_block(self, frame: FrameType) -> None:
-        """Have the block of the ``with`` statement in *frame* end before it begins; there is no other way to leave it out."""
-
-        def raise_at_once(frame: FrameType, event: str, arg: object) -> NoReturn:  # noqa: ARG001  (given to all)
-            raise _NotRun
-
-        self._tracer = sys.gettrace()
-        sys.settrace(lambda *_: None)
-        frame.f_trace, frame.f_trace_opcodes = raise_at_once, True
