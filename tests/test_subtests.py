@@ -6,8 +6,10 @@ import asyncio
 import io
 import json
 import logging
+import os
 import sys
 import unittest
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -303,6 +305,62 @@ def test_subtest_interrupted_at_the_barrier_ends_the_loop() -> None:
     """Without a verdict nothing is known of the peers: an error that is no Exception ends the loop."""
     assert ends_loop(pytest.fail.Exception("timeout"), None)
     assert not ends_loop(ValueError(), None)
+
+
+class _Large:
+    """An object that a body makes."""
+
+
+def test_subtests_that_failed_keep_nothing_of_their_bodies() -> None:
+    """The frames of the errors that are kept, and of what comes with them, refer to nothing any more."""
+    subtests, _ = _subtests()
+    kept: list[weakref.ref[_Large]] = []
+
+    def inner() -> None:
+        large = _Large()
+        kept.append(weakref.ref(large))
+        msg = "inner"
+        raise ValueError(msg)
+
+    def body() -> None:
+        large = _Large()
+        kept.append(weakref.ref(large))
+        current_scope().cleanup(inner)
+        try:
+            inner()
+        except ValueError as error:
+            msg = "outer"
+            raise RuntimeError(msg) from error
+
+    with pytest.raises(ExceptionGroup), subtests:
+        subtests.run("a", body)
+        assert [None] * 3 == [ref() for ref in kept]
+
+
+def _count_descriptors(rank: int, world_size: int) -> list[int]:
+    store = dist.PrefixStore("descriptors", here().new_store())
+    world = RenewableGroup(store=store, rank=rank, world_size=world_size, grace=0.0)
+    counts: list[int] = []
+
+    def body() -> None:
+        if rank == 1:
+            msg = "before its collectives"
+            raise ValueError(msg)
+        group = dist.group.WORLD  # which this frame keeps
+        dist.all_reduce(torch.ones(1), group=group)
+
+    with pytest.raises(ExceptionGroup), Subtests(world, file=io.StringIO(), timeout=30) as subtests:
+        for number in range(8):
+            subtests.run(str(number), body)
+            counts.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208  (names, not paths)
+    world.destroy()
+    return counts
+
+
+def test_subtests_that_were_revoked_do_not_keep_the_connections_of_their_groups(pool: RankPool) -> None:
+    """However many subtests fail, a process has the descriptors of one group, or two."""
+    for counts in values(pool.run(_count_descriptors, timeout=60.0)):
+        assert counts[-1] <= counts[1] + 2, counts
 
 
 def _skip_early(rank: int, world_size: int) -> tuple[Seen, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 import unittest
 from collections.abc import Iterable
 from typing import Any
@@ -184,3 +185,29 @@ def is_skip(error: BaseException) -> bool:
     """Whether *error* skips a test, as unittest and pytest do it."""
     # pytest.skip.Exception, without importing pytest.
     return isinstance(error, unittest.SkipTest) or type(error).__name__ == "Skipped"
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drop what the frames refer to that *error* came through; likewise for all errors that it brings along."""
+    chain, seen = [error], set()
+    while chain:
+        error = chain.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                # Up to CPython 3.12, one who has looked at the locals, as pytest does, has left a copy in the
+                # frame; looking again makes it what they are now.
+                len(frame.f_locals)
+            attached = [
+                each for each in _attribute(error, "collective_scope_errors") if isinstance(each, BaseException)
+            ]
+            chain += [error.__cause__, error.__context__, *_members(error), *attached]
+
+
+def _members(error: BaseException) -> tuple[BaseException, ...]:
+    try:
+        return error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    except Exception:  # a group of somebody's own making: then its members keep what they refer to
+        logger.debug("the members of a %s cannot be had", type(error).__name__, exc_info=True)
+        return ()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import attrs
 
 from ._api import collective_scope
+from ._failures import clear_frames
 from ._scope import CollectiveScope
 from ._subtest_result import SubtestResult, ends_loop, judge_subtest, told
 from .agreement.text import message_of, type_name
@@ -100,12 +101,20 @@ class Subtest:
         return error
 
     def _note(self) -> bool:
-        """Have the loop know the result; return whether it ends the loop."""
+        """
+        Have the loop know the result; return whether it ends the loop.
+
+        If the loop goes on, the error is kept, and the frames that it came through must not keep a dead group alive,
+        with its connections, nor memory of a device.
+        """
         result, verdict = self.result, self.result.verdict
         result.seconds = time.monotonic() - result.began
         result.waited = 0.0 if verdict is None or verdict.complete else verdict.timeout
         self._subtests._note(result)  # noqa: SLF001  (a part of it)
-        return ends_loop(result.error, verdict)
+        is_end = ends_loop(result.error, verdict)
+        if not is_end:
+            clear_frames(result.error)
+        return is_end
 
     def _skip_block(self, frame: FrameType) -> None:
         """Have the block of the ``with`` statement in *frame* end before it begins; there is no other way to leave it out."""

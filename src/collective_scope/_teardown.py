@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -19,6 +18,7 @@ import attrs
 from . import _notes, _torch
 from ._arrival import Arrival
 from ._cleanups import Cleanup, keep_for_ever
+from ._failures import clear_frames
 from .agreement.clock import monotonic
 from .agreement.records import Verdict
 from .agreement.revocation import Renewal
@@ -118,17 +118,7 @@ class Teardown(Arrival):
         """Collect garbage, at the same point on every rank."""
         # While __exit__ runs, the exception in flight keeps the locals of the failed
         # frames alive, on the failing rank only.
-        chain, seen = [self._failures.body], set()
-        while chain:
-            error = chain.pop()
-            if error is not None and id(error) not in seen:
-                seen.add(id(error))
-                traceback.clear_frames(error.__traceback__)
-                for frame, _ in traceback.walk_tb(error.__traceback__):
-                    # Up to CPython 3.12, one who has looked at the locals, as pytest does, has left a copy in the
-                    # frame; looking again makes it what they are now.
-                    len(frame.f_locals)
-                chain += [error.__cause__, error.__context__, *(_members(error))]
+        clear_frames(self._failures.body)
         gc.collect()
 
     def _look_at_group(self) -> None:
@@ -287,11 +277,3 @@ class Teardown(Arrival):
         span.control.left, span.is_left = self.name, True
         if span.is_idle:
             span.control.spans.pop(id(span), None)
-
-
-def _members(error: BaseException) -> tuple[BaseException, ...]:
-    try:
-        return error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    except Exception:  # a group of somebody's own making: then its members keep what they refer to
-        logger.debug("the members of a %s cannot be had", type(error).__name__, exc_info=True)
-        return ()
