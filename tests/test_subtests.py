@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 from xml.etree import ElementTree as ET
 
 import attrs
@@ -574,13 +574,79 @@ def test_subtests_skip_and_xfail_end_the_body() -> None:
     [
         ({"budget": 0}, r"budget must be positive seconds \(got 0\)"),
         ({"max_failures": 0}, r"max_failures must be at least 1 \(got 0\)"),
+        (
+            {"rerun": "run {x} {id}"},
+            r"rerun must be a text in which \{id\} is the only field \(got 'run \{x\} \{id\}'\)",
+        ),
+        ({"rerun": "awk '{print}"}, "rerun must be a text in which"),
+        ({"rerun": "run {"}, "rerun must be a text in which"),
+        ({"rerun": "run {}"}, "rerun must be a text in which"),
     ],
-    ids=["budget", "max_failures"],
+    ids=["budget", "max_failures", "two-fields", "braces", "half-a-field", "no-name"],
 )
 def test_subtests_with_a_wrong_option_say_the_rule_and_the_value(options: dict[str, Any], told: str) -> None:
     """A wrong option is refused before anything runs."""
     with pytest.raises(ValueError, match=told):
         Subtests(**options)
+
+
+# Where it is printed
+
+
+def _fail_in_one(file: TextIO | None, **options: Any) -> list[str]:
+    """Go through a loop in which one subtest fails; return the errors in the group at its end."""
+    with pytest.raises(ExceptionGroup) as caught, Subtests(file=file, **options) as subtests:
+        subtests.run("größe \udcff", int, "no number \ud800")
+        subtests.run("b", int)
+    return [type(error).__name__ for error in caught.value.exceptions]
+
+
+class _Broken(io.StringIO):
+    """A pipe that nobody reads, or a terminal that is gone."""
+
+    is_terminal = False
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    def write(self, _text: str) -> NoReturn:
+        raise BrokenPipeError
+
+    def flush(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "utf-16"])
+def test_subtests_with_characters_that_the_output_lacks_escape_them(encoding: str, *, verbose: bool) -> None:
+    """Neither an ASCII log nor half of a surrogate pair ends the loop or hides what failed."""
+    raw = io.BytesIO()
+
+    assert ["ValueError"] == _fail_in_one(io.TextIOWrapper(raw, encoding), verbose=verbose)
+
+    text, name = raw.getvalue().decode(encoding), "gr\\xf6\\xdfe" if encoding == "ascii" else "größe"
+    assert f"FAILED {name} \\udcff\n" in text
+    assert "1 passed, 1 failed" in text
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_subtests_of_which_nobody_reads_the_output_go_on_without(
+    monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool, verbose: bool
+) -> None:
+    """A broken pipe costs the output, not the loop."""
+    monkeypatch.setattr(_Broken, "is_terminal", is_terminal)
+
+    assert ["ValueError"] == _fail_in_one(_Broken(), verbose=verbose)
+
+
+def test_subtests_with_a_closed_output_or_none_go_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have no standard output, or have closed it."""
+    closed = io.StringIO()
+    closed.close()
+    assert ["ValueError"] == _fail_in_one(closed)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert ["ValueError"] == _fail_in_one(None)
 
 
 # Judgements

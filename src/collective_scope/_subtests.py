@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self, TextIO
 from . import _groups
 from ._subtest import Subtest
 from ._subtest_result import ExpectedFailure, SubtestResult
-from ._subtests_report import Progress, lost, summary, write_junit, write_trace
+from ._subtests_report import Output, Progress, lost, summary, write_junit, write_trace
 from ._torch import has_closed
 from .exceptions import CollectiveScopeError
 
@@ -46,9 +46,9 @@ class Subtests:
 
         verbose: Whether to print a line for each subtest instead of a character.
 
-        rerun: The command that runs one subtest again, with ``{id}`` in it.
+        rerun: The command that runs one subtest again, with ``{id}`` in it; other braces are doubled.
 
-        file: Where rank 0 prints. Default: standard output.
+        file: Where rank 0 prints; what cannot be written is dropped. Default: standard output.
 
         options: Passed on to each `collective_scope`; ``meet_at_entry`` is on.
 
@@ -81,6 +81,11 @@ class Subtests:
         if max_failures is not None and max_failures < 1:
             msg = f"max_failures must be at least 1 (got {max_failures!r})"
             raise ValueError(msg)
+        try:
+            rerun.format(id="")
+        except (AttributeError, LookupError, ValueError) as error:
+            msg = f"rerun must be a text in which {{id}} is the only field (got {rerun!r})"
+            raise ValueError(msg) from error
         self.results: list[SubtestResult] = []
         self._group = group
         self._budget, self._max_failures, self._rerun = budget, max_failures, rerun
@@ -99,9 +104,7 @@ class Subtests:
             self._get_progress().end()
             ended = self.results[-1].id if error is not None and self.results else ""
             text = summary(self.results, time.monotonic() - self._started, self._rerun, ended)
-            file = self._file or sys.stdout
-            file.write(f"{text}\n")  # in one piece: other ranks may write to the same place
-            file.flush()
+            self._output.write(f"{text}\n")
         failed = [result for result in self.results if result.status in ("failed", "not run")]
         if failed and error is None:
             errors = [result.error for result in failed if result.error is not None]
@@ -161,9 +164,13 @@ class Subtests:
         """Whether this rank is the lowest that is left."""
         return self._rank == min(set(range(self._rank + 1)) - lost(self.results), default=self._rank)
 
+    @property
+    def _output(self) -> Output:
+        return Output(sys.stdout if self._file is None else self._file)
+
     def _get_progress(self) -> Progress:
         if self._progress is None:
-            self._progress = Progress(self._file or sys.stdout, verbose=self._verbose)
+            self._progress = Progress(self._output, verbose=self._verbose)
         return self._progress
 
     def _why_not(self) -> str:

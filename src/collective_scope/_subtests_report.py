@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import re
 import time
 import zlib
@@ -18,12 +19,15 @@ from ._subtest_result import told
 from .agreement.part import POLL_S
 from .agreement.rounds import failures_in_order
 from .agreement.store_thread import ABSENT, base_of, peek
+from .agreement.text import message_of
 
 
 if TYPE_CHECKING:
     from ._subtest_result import Status, SubtestResult
     from .agreement.barrier import Barrier
     from .agreement.records import Outcome
+
+logger = logging.getLogger("collective_scope")
 
 MARKS: dict[Status, str] = {"passed": ".", "failed": "F", "skipped": "s", "xfailed": "x", "not run": "-"}
 
@@ -39,21 +43,57 @@ _HAPPENED = ("failed", "revoked")
 """One moment of a phase."""
 
 
+class Output:
+    """
+    A file of which a failure neither ends a loop nor hides what has failed in it.
+
+    Args:
+        file: Where to write; None if there is no such place.
+    """
+
+    def __init__(self, file: TextIO | None) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)  # tqdm looks for some
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        try:
+            return self._file is not None and self._file.isatty()
+        except (OSError, ValueError):  # it is closed
+            return False
+
+    def write(self, text: str) -> None:
+        """Write in one piece, as other ranks may write to the same place; escape what the encoding lacks."""
+        if self._file is None:
+            return
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        try:
+            self._file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._file.flush()
+        except (OSError, ValueError) as error:  # closed, or nobody reads it
+            logger.debug("this could not be written: %r", text, exc_info=error)
+
+    def flush(self) -> None:
+        """Do nothing: all is written at once."""
+
+
 class Progress:
     """
     A character or a line for each subtest.
 
     Args:
-        file: Where to print. On a terminal, tqdm's bar, if that is installed.
+        output: Where to print. On a terminal, tqdm's bar, if that is installed.
         verbose: Whether to print lines.
     """
 
-    def __init__(self, file: TextIO, *, verbose: bool) -> None:
-        self._file, self._verbose, self._column = file, verbose, 0
+    def __init__(self, output: Output, *, verbose: bool) -> None:
+        self._output, self._verbose, self._column = output, verbose, 0
         self._bar: Any = None
-        if file.isatty() and not verbose:
+        if output.isatty() and not verbose:
             try:
-                self._bar = importlib.import_module("tqdm").tqdm(unit="subtest", file=file)
+                self._bar = importlib.import_module("tqdm").tqdm(unit="subtest", file=output)
             except ImportError:
                 self._bar = None
 
@@ -64,20 +104,18 @@ class Progress:
             self._bar.set_postfix_str(result.id)
         elif self._verbose:
             reason = f" ({result.reason})" if result.reason else ""
-            # In one piece: other ranks may write to the same place.
-            self._file.write(f"{result.id} {result.status.upper()}{reason} {result.seconds:.2f} s\n")
-            self._file.flush()
+            self._output.write(f"{result.id} {result.status.upper()}{reason} {result.seconds:.2f} s\n")
         else:
             self._column += 1
             end = "\n" if self._column % _WIDTH == 0 else ""
-            print(MARKS[result.status], end=end, file=self._file, flush=True)
+            self._output.write(f"{MARKS[result.status]}{end}")
 
     def end(self) -> None:
         """End the line."""
         if self._bar is not None:
             self._bar.close()
         elif not self._verbose and self._column % _WIDTH:
-            print(file=self._file, flush=True)
+            self._output.write("\n")
 
 
 def summary(results: Sequence[SubtestResult], seconds: float, rerun: str, ended: str = "") -> str:
@@ -125,7 +163,7 @@ def _failure(result: SubtestResult, rerun: str) -> list[str]:
         late = [f"  rank {rank} did not come" for rank in verdict.missing if rank not in result.failures]
         lines[1:] = [*gone, *lines[1:], *late]
     if not ordered and result.error is not None:
-        lines += [f"  {line}" for line in str(result.error).splitlines()]
+        lines += [f"  {line}" for line in message_of(result.error).splitlines()]
     notes = getattr(result.error, "__notes__", ())
     lines += [f"  {note}" for note in notes if note.startswith(NOT_RUN)]
     if rerun:
