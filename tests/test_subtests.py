@@ -386,6 +386,49 @@ def test_subtests_beyond_max_failures_are_not_run(pool: RankPool) -> None:
     )
 
 
+def _fail_after_the_barrier(rank: int, world_size: int) -> Seen:
+    def body() -> None:
+        if rank == 0:
+            current_scope().after_barrier(_raise, ValueError("after the barrier"))
+
+    return _play(rank, world_size, "after", {"a": body, "b": _sum_of_ranks, "c": _sum_of_ranks}, max_failures=1)
+
+
+def test_subtests_with_an_error_after_the_barrier_go_on_on_every_rank(pool: RankPool) -> None:
+    """No peer knows of it, so it does not count against max_failures; its rank raises it at the end."""
+    first, second = values(pool.run(_fail_after_the_barrier, timeout=60.0))
+
+    assert {"a": "failed", "b": "passed", "c": "passed"} == _statuses(first)
+    assert {"a": "passed", "b": "passed", "c": "passed"} == _statuses(second)
+    assert ["ValueError: after the barrier"] == first.members
+
+
+def _destroy_in_a_body(_rank: int, _world_size: int, folder: str) -> tuple[list[str], list[str], str]:
+    printed = io.StringIO()
+    subtests = Subtests(dist.group.WORLD, file=printed, timeout=30)
+    with pytest.raises(ExceptionGroup) as caught, subtests:
+        subtests.run("a", _raise, AssertionError("the failure"))
+        subtests.run("b", dist.destroy_process_group)
+        subtests.run("c", int)
+    subtests.write_junit(f"{folder}/junit.xml")
+    statuses = [result.status for result in subtests.results]
+    return statuses, [f"{type(e).__name__}: {e}" for e in caught.value.exceptions], printed.getvalue()
+
+
+def test_subtests_of_which_a_body_destroys_the_group_end_with_what_failed(tmp_path: Path) -> None:
+    """Neither the summary nor the file needs the group; rank 0 is still rank 0."""
+    with RankPool(2, host="parent") as pool:
+        first, second = values(pool.run(_destroy_in_a_body, str(tmp_path), timeout=60.0))
+
+    for statuses, members, _ in (first, second):
+        assert ["failed", "passed", "not run"] == statuses
+        assert "AssertionError: the failure" == members[0]
+        assert members[1].startswith("ValueError: group was destroyed")
+    assert "1 passed, 1 failed, 1 not run" in first[2]
+    assert "" == second[2]
+    assert 3 == len(ET.parse(tmp_path / "junit.xml").getroot()[0])  # noqa: S314  (our own file)
+
+
 def _over_budget(rank: int, _world_size: int) -> tuple[Seen, list[str]]:
     ran: list[str] = []
     late = dist.PrefixStore("late", here().new_store())
@@ -573,6 +616,10 @@ def test_subtests_skip_and_xfail_end_the_body() -> None:
     ("options", "told"),
     [
         ({"budget": 0}, r"budget must be positive seconds \(got 0\)"),
+        ({"budget": "300"}, r"budget must be seconds as a number \(got '300'\)"),
+        ({"budget": timedelta(1)}, r"budget must be seconds as a number \(got datetime.timedelta\(days=1\)\)"),
+        ({"max_failures": 1.5}, r"max_failures must be a whole number or None \(got 1.5\)"),
+        ({"max_failures": True}, r"max_failures must be a whole number or None \(got True\)"),
         ({"max_failures": 0}, r"max_failures must be at least 1 \(got 0\)"),
         (
             {"rerun": "run {x} {id}"},
@@ -582,11 +629,22 @@ def test_subtests_skip_and_xfail_end_the_body() -> None:
         ({"rerun": "run {"}, "rerun must be a text in which"),
         ({"rerun": "run {}"}, "rerun must be a text in which"),
     ],
-    ids=["budget", "max_failures", "two-fields", "braces", "half-a-field", "no-name"],
+    ids=[
+        "budget",
+        "text",
+        "timedelta",
+        "half",
+        "yes",
+        "max_failures",
+        "two-fields",
+        "braces",
+        "half-a-field",
+        "no-name",
+    ],
 )
 def test_subtests_with_a_wrong_option_say_the_rule_and_the_value(options: dict[str, Any], told: str) -> None:
     """A wrong option is refused before anything runs."""
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises((TypeError, ValueError), match=told):
         Subtests(**options)
 
 
@@ -755,6 +813,14 @@ def test_junit_of_subtests_of_which_none_failed_and_some_did_not_run_is_not_gree
     error = suite[1].find("error")
     assert error is not None
     assert "not run: rank 1 is gone" == error.attrib["message"]
+
+
+def test_junit_of_names_that_xml_cannot_say_can_be_read(tmp_path: Path) -> None:
+    """What XML has no way to say is left out, also of the names of a suite and of a subtest."""
+    write_junit([SubtestResult("a\x00b\ud800 <&>")], str(tmp_path / "junit.xml"), "suite\x1b")
+
+    suite = ET.parse(tmp_path / "junit.xml").getroot()[0]  # noqa: S314  (our own file)
+    assert ("suite", "ab <&>") == (suite.attrib["name"], suite[0].attrib["name"])
 
 
 def test_summary_names_cleanups_that_did_not_run() -> None:

@@ -71,6 +71,11 @@ class SubtestResult:
         """The failures, by rank."""
         return {} if self.verdict is None else self.verdict.failures
 
+    @property
+    def is_told_ok(self) -> bool:
+        """Whether the ranks have told each other that all went well, whatever this one has raised after that."""
+        return self.verdict is not None and self.verdict.ok
+
 
 def told(rank: int, outcome: Outcome) -> str:
     """Say in a line what went wrong on *rank*."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import unittest
@@ -16,6 +17,8 @@ from ._subtests_report import Output, Progress, lost, summary, write_junit, writ
 from ._torch import has_closed
 from .exceptions import CollectiveScopeError
 
+
+logger = logging.getLogger("collective_scope")
 
 BUDGET_S = 300.0
 
@@ -42,7 +45,9 @@ class Subtests:
 
         budget: Seconds of waiting for ranks that do not come, over all subtests; after that the rest does not run.
 
-        max_failures: How many subtests may fail before the rest does not run. Default: any number.
+        max_failures:
+            How many subtests may fail before the rest does not run. What is raised after the barrier
+            does not count: no peer knows of it. Default: any number.
 
         verbose: Whether to print a line for each subtest instead of a character.
 
@@ -75,6 +80,12 @@ class Subtests:
         file: TextIO | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(budget, int | float) or isinstance(budget, bool):
+            msg = f"budget must be seconds as a number (got {budget!r})"
+            raise TypeError(msg)
+        if max_failures is not None and (not isinstance(max_failures, int) or isinstance(max_failures, bool)):
+            msg = f"max_failures must be a whole number or None (got {max_failures!r})"
+            raise TypeError(msg)
         if not budget > 0:
             msg = f"budget must be positive seconds (got {budget!r})"
             raise ValueError(msg)
@@ -88,6 +99,7 @@ class Subtests:
             raise ValueError(msg) from error
         self.results: list[SubtestResult] = []
         self._group = group
+        self._rank, self._is_renewable, self._is_found = 0, False, False
         self._budget, self._max_failures, self._rerun = budget, max_failures, rerun
         self._options = {"meet_at_entry": True, **options}
         self._file, self._verbose = file, verbose
@@ -153,15 +165,24 @@ class Subtests:
 
     # Called by a subtest.
 
-    @property
-    def _rank(self) -> int:
-        found = _groups.find(self._group)
-        barrier = None if found is None else found[0].barrier
-        return 0 if barrier is None else barrier.rank
+    def _look_up(self) -> None:
+        """Learn this rank, as soon as there is a group; once that is known, a body may destroy the group."""
+        if self._is_found:
+            return
+        try:
+            found = _groups.find(self._group)
+        except Exception:  # each subtest is refused for it, and tells it
+            logger.debug("the group of the subtests cannot be had", exc_info=True)
+            return
+        if found is not None:
+            barrier, self._is_found = found[0].barrier, True
+            self._rank = 0 if barrier is None else barrier.rank
+            self._is_renewable = found[0].renewal is not None
 
     @property
     def _speaks(self) -> bool:
         """Whether this rank is the lowest that is left."""
+        self._look_up()
         return self._rank == min(set(range(self._rank + 1)) - lost(self.results), default=self._rank)
 
     @property
@@ -175,8 +196,9 @@ class Subtests:
 
     def _why_not(self) -> str:
         """Return why no more subtests are run; empty if they are. The same on every rank."""
+        self._look_up()
         waited = sum(result.waited for result in self.results)
-        failures = sum(result.status == "failed" for result in self.results)
+        failures = sum(result.status == "failed" and not result.is_told_ok for result in self.results)
         if self._dead_since:
             return f"the group was dead when subtest {self._dead_since!r} came to use it, and cannot be renewed"
         if waited > self._budget:
@@ -188,9 +210,10 @@ class Subtests:
 
     def _note(self, result: SubtestResult) -> None:
         self.results.append(result)
-        found, cause = _groups.find(self._group), result.cause
+        self._look_up()
+        cause = result.cause
         # If a closed connection is what failed first, no rank of this subtest has made it so.
-        if cause is not None and has_closed(cause[1].message) and (found is None or found[0].renewal is None):
+        if cause is not None and has_closed(cause[1].message) and not self._is_renewable:
             self._dead_since = self._dead_since or result.id
         if self._rank == 0:
             self._get_progress().note(result)

@@ -188,7 +188,7 @@ def write_junit(results: Sequence[SubtestResult], path: str, name: str) -> None:
     errors = [result for result in results if result.status == "not run" and not counts["failed"]][:1]
     suite = ET.Element(
         "testsuite",
-        name=name,
+        name=_printable(name),
         tests=str(len(results)),
         failures=str(counts["failed"]),
         errors=str(len(errors)),
@@ -196,7 +196,8 @@ def write_junit(results: Sequence[SubtestResult], path: str, name: str) -> None:
         time=f"{sum(result.seconds for result in results):.3f}",
     )
     for result in results:
-        case = ET.SubElement(suite, "testcase", classname=name, name=result.id, time=f"{result.seconds:.3f}")
+        case = ET.SubElement(suite, "testcase", classname=_printable(name), name=_printable(result.id))
+        case.set("time", f"{result.seconds:.3f}")
         if result.status == "failed":
             lines = _failure(result, "")
             failure = ET.SubElement(case, "failure", message=_printable("\n".join(lines[:2])))
