@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TextIO
 from xml.etree import ElementTree as ET
 
@@ -597,6 +599,84 @@ def test_subtest_that_is_not_run_leaves_the_tracer_of_a_debugger_alone() -> None
         sys.settrace(before)
 
     assert tracer is after
+
+
+def _by_exit_stack(subtests: Subtests) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(subtests.test("b"))
+        pytest.fail("the body has run")
+
+
+def _by_context_manager(subtests: Subtests) -> None:
+    @contextlib.contextmanager
+    def case() -> Iterator[None]:
+        with subtests.test("b"):
+            yield
+
+    with case():
+        pytest.fail("the body has run")
+
+
+class _Case:
+    """A context manager that enters a subtest in its own."""
+
+    def __init__(self, subtests: Subtests) -> None:
+        self._subtest = subtests.test("b")
+
+    def __enter__(self) -> None:
+        self._subtest.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
+        return self._subtest.__exit__(kind, error, tb)
+
+
+def _by_class(subtests: Subtests) -> None:
+    with _Case(subtests):
+        pytest.fail("the body has run")
+
+
+@pytest.mark.parametrize("enter", [_by_exit_stack, _by_context_manager, _by_class])
+def test_subtest_refused_where_no_block_can_be_left_out_says_what_to_use(enter: Callable[[Subtests], None]) -> None:
+    """The error is public, names the reason, and leaves no tracer behind; the subtest is in the results."""
+    subtests, printed = _subtests(max_failures=1)
+    before = sys.gettrace()
+
+    with pytest.raises(RuntimeError) as caught, subtests:
+        subtests.run("a", _raise, ValueError())
+        enter(subtests)
+
+    assert before is sys.gettrace()
+    assert "subtest 'b' does not run (1 subtest has failed, and max_failures=1)" in str(caught.value)
+    assert "use subtests.run(id, fn)" in str(caught.value)
+    assert ["failed", "not run"] == [result.status for result in subtests.results]
+    assert "1 failed, 1 not run" in printed.getvalue()
+
+
+@pytest.mark.parametrize("enter", [_by_exit_stack, _by_context_manager, _by_class])
+def test_subtest_that_is_not_refused_runs_by_whatever_it_is_entered(enter: Callable[[Subtests], None]) -> None:
+    """Only a block that is left out needs a plain with statement."""
+    subtests, _ = _subtests()
+
+    with pytest.raises(BaseExceptionGroup) as caught, subtests:
+        enter(subtests)
+
+    assert ["the body has run"] == [str(error) for error in caught.value.exceptions]
+
+
+def test_subtest_refused_among_other_context_managers_leaves_its_block_out() -> None:
+    """A with statement of several, in a function that is traced, enters none of those that follow."""
+    subtests, _ = _subtests(max_failures=1)
+    ran: list[str] = []
+
+    with pytest.raises(ExceptionGroup), subtests:
+        subtests.run("a", _raise, ValueError())
+        frame = sys._getframe()  # noqa: SLF001  (documented)
+        before = frame.f_trace, frame.f_trace_opcodes
+        with contextlib.nullcontext(), subtests.test("b") as _, _Case(subtests):
+            ran.append("b")
+        assert before == (frame.f_trace, frame.f_trace_opcodes)
+
+    assert [] == ran
 
 
 def test_subtests_skip_and_xfail_end_the_body() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import re
 import sys
 import time
@@ -32,7 +34,8 @@ class Subtest:
         self.result = SubtestResult(id)
         self._subtests = subtests
         self._scope: CollectiveScope | None = None
-        self._tracer: Any = None
+        self._traced: tuple[Any, Any, bool] = (None, None, False)
+        """The tracers of the process and of the frame with the block, before the block was left out."""
 
     @property
     def scope(self) -> CollectiveScope:
@@ -58,12 +61,20 @@ class Subtest:
         if self._scope is None:
             if self._note() and self.result.error is not None:
                 raise self.result.error
+            if not _is_at_plain_with(frame):
+                msg = (
+                    f"subtest {self.result.id!r} does not run ({self.result.reason}), and only the block of a 'with'"
+                    " statement, of a function without yield, can be left out; use subtests.run(id, fn) here"
+                )
+                raise RuntimeError(msg)
             self._skip_block(frame)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
         if self._scope is None:
-            sys.settrace(self._tracer)
+            frame = sys._getframe(1)  # noqa: SLF001  (documented)
+            tracer, frame.f_trace, frame.f_trace_opcodes = self._traced
+            sys.settrace(tracer)
             return isinstance(error, _NotRun)
         raised = self._leave(kind, error, tb)
         if not self._note():
@@ -122,9 +133,23 @@ class Subtest:
         def raise_at_once(frame: FrameType, event: str, arg: object) -> NoReturn:  # noqa: ARG001  (given to all)
             raise _NotRun
 
-        self._tracer = sys.gettrace()
+        self._traced = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
         sys.settrace(lambda *_: None)
         frame.f_trace, frame.f_trace_opcodes = raise_at_once, True
+
+
+def _is_at_plain_with(frame: FrameType) -> bool:
+    """
+    Whether *frame* is at a ``with`` statement whose block can be left out.
+
+    ``ExitStack.enter_context()`` and others call ``__enter__`` themselves, in a frame that has no block; and
+    what drives a generator expects it to yield.
+    """
+    code, at = frame.f_code, frame.f_lasti
+    # Up to CPython 3.13, one instruction enters; after that, the method is loaded, and called.
+    names = dis.opname[code.co_code[at]], dis.opname[code.co_code[at - 2]]
+    is_with = names[0] == "BEFORE_WITH" or names[1] == "LOAD_SPECIAL"
+    return is_with and not code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR)
 
 
 def _why_refused(result: SubtestResult, refusal: BaseException) -> str:

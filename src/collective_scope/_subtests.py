@@ -129,7 +129,12 @@ class Subtests:
         """
         Return a context manager that runs its block as the subtest *id*.
 
-        The block does not run if the subtest is refused: a rank has not come back, or the budget is spent.
+        The block does not run if the subtest is refused: a rank has not come back, or the budget is spent. Python
+        can leave out the block of a plain ``with`` statement only. With `contextlib.ExitStack`, and in a generator
+        such as a ``@contextmanager`` function or a fixture, use `run`.
+
+        Raises:
+            RuntimeError: At the entry, if the subtest is refused and its block cannot be left out.
         """
         return Subtest(self, str(id))
 
