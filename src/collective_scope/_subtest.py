@@ -6,7 +6,6 @@ import dis
 import inspect
 import re
 import sys
-import time
 from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -16,6 +15,7 @@ from ._api import collective_scope
 from ._failures import clear_frames
 from ._scope import CollectiveScope
 from ._subtest_result import SubtestResult, ends_loop, judge_subtest, told
+from .agreement.clock import monotonic
 from .agreement.text import message_of, type_name
 
 
@@ -52,7 +52,7 @@ class Subtest:
 
     def __enter__(self) -> Self:
         frame = sys._getframe(1)  # noqa: SLF001  (documented)
-        self.result.began = time.monotonic()
+        self.result.began = monotonic()
         why = self._subtests._why_not()  # noqa: SLF001  (a part of it)
         if why:
             self.result.status, self.result.reason = "not run", why
@@ -119,7 +119,7 @@ class Subtest:
         with its connections, nor memory of a device.
         """
         result, verdict = self.result, self.result.verdict
-        result.seconds = time.monotonic() - result.began
+        result.seconds = monotonic() - result.began
         result.waited = 0.0 if verdict is None or verdict.complete else verdict.timeout
         self._subtests._note(result)  # noqa: SLF001  (a part of it)
         is_end = ends_loop(result.error, verdict)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import unittest
 from collections.abc import Callable
 from types import TracebackType
@@ -15,6 +14,7 @@ from ._subtest import Subtest
 from ._subtest_result import ExpectedFailure, SubtestResult
 from ._subtests_report import Output, Progress, lost, summary, write_junit, write_trace
 from ._torch import has_closed
+from .agreement.clock import monotonic
 from .exceptions import CollectiveScopeError
 
 
@@ -106,7 +106,7 @@ class Subtests:
         self._progress: Progress | None = None
         self._dead_since = ""
         """The first subtest whose collectives could not work, because its group was dead before."""
-        self._started = time.monotonic()
+        self._started = monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +115,7 @@ class Subtests:
         if self._speaks:
             self._get_progress().end()
             ended = self.results[-1].id if error is not None and self.results else ""
-            text = summary(self.results, time.monotonic() - self._started, self._rerun, ended)
+            text = summary(self.results, monotonic() - self._started, self._rerun, ended)
             self._output.write(f"{text}\n")
         failed = [result for result in self.results if result.status in ("failed", "not run")]
         if failed and error is None:

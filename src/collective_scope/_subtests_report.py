@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ._notes import NOT_RUN
 from ._report import is_like_a_consequence
 from ._subtest_result import told
+from .agreement.clock import monotonic, sleep
 from .agreement.part import POLL_S
 from .agreement.rounds import failures_in_order
 from .agreement.store_thread import ABSENT, base_of, peek
@@ -225,7 +226,7 @@ def write_trace(results: Sequence[SubtestResult], path: str, barrier: Barrier | 
     """Write a Chrome trace of all ranks, on rank 0; the others hand theirs over."""
     rank = 0 if barrier is None else barrier.rank
     # All clocks of a machine agree; those of others are as far off as their wall clocks are.
-    offset = time.time() - time.monotonic()
+    offset = time.time() - monotonic()
     events = [_event(rank, *phase) for result in results for phase in _phases(result, offset)]
     everyone = [events] if barrier is None else _collect(barrier, events, lost(results))
     if rank == 0:
@@ -267,10 +268,10 @@ def _collect(barrier: Barrier, events: list[dict[str, Any]], gone: set[int]) -> 
     if part.rank:
         return []
     texts: dict[str, bytes] = {}
-    deadline = time.monotonic() + COLLECT_S
-    while len(texts) < len(keys) - len(gone) and time.monotonic() < deadline:
+    deadline = monotonic() + COLLECT_S
+    while len(texts) < len(keys) - len(gone) and monotonic() < deadline:
         texts |= {key: text for key in keys if key not in texts and (text := peek(store, key)) != ABSENT}
-        time.sleep(POLL_S)
+        sleep(POLL_S)
     for key in keys:
         store.delete_key(key)
     return [json.loads(zlib.decompress(texts[key])) if key in texts else [] for key in keys]
