@@ -201,6 +201,41 @@ def _make_fails_once(rank: int, world_size: int) -> Any:
     return seen, len(attempts)
 
 
+def _make_fails_at_its_end(rank: int, world_size: int) -> Any:
+    attempts = []
+
+    def make(store: dist.Store) -> None:
+        attempts.append(1)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        if rank == 1 and len(attempts) == 1:
+            msg = "after its part"
+            raise MemoryError(msg)
+
+    world = RenewableGroup(make, store=_store("fails at its end"), rank=rank, world_size=world_size)
+    seen = _in_scopes(world, [_sum_of_ranks, _sum_of_ranks])
+    world.destroy()
+    return seen, len(attempts)
+
+
+def _fails_before_a_long_collective_cleanup(rank: int, world_size: int) -> Any:
+    world = RenewableGroup(store=_store("long cleanup"), rank=rank, world_size=world_size, grace=0.1)
+    ran: list[float] = []
+
+    def clean_up() -> None:
+        if rank == 0:
+            time.sleep(0.5)  # longer than the grace
+        ran.append(_sum_of_ranks())
+
+    def body() -> None:
+        current_scope().collective_cleanup(clean_up)
+        _sum_of_ranks()
+        _fail_on(rank, 1, int)()
+
+    seen = _in_scopes(world, [body, _sum_of_ranks])
+    world.destroy()
+    return [error for error, _ in seen], ran, world.made
+
+
 def _calls_back(rank: int, world_size: int) -> Any:
     calls: list[tuple[int, bool]] = []
 
@@ -232,6 +267,23 @@ def test_world_whose_make_fails_on_one_rank_is_tried_again_at_the_next_scope(run
         assert seen[0][0] in (
             ("MemoryError",) if rank == 1 else ("PeerFailedError", "DistNetworkError", "RuntimeError")
         )
+
+
+def test_world_whose_make_fails_on_one_rank_after_its_part_is_made_again_on_all(run_on: Run) -> None:
+    """A rank that has made its part makes it again with the others, although nothing went wrong there."""
+    for seen, attempts in run_on(2, _make_fails_at_its_end):
+        assert seen[0][0] in ("MemoryError", "PeerFailedError")
+        assert ("", 1.0) == tuple(seen[1])
+        assert 2 == attempts
+
+
+def test_world_runs_collective_cleanups_of_any_length_after_a_failure_to_which_all_came(run_on: Run) -> None:
+    """Once all ranks have come to the exit, the failure leaves none of them stuck: nothing is revoked for it later."""
+    for errors, ran, made in run_on(2, _fails_before_a_long_collective_cleanup):
+        assert [1.0] == ran
+        assert errors[0] in ("ValueError", "PeerFailedError")
+        assert "" == errors[1]
+        assert 1 == made
 
 
 def _compute() -> None:

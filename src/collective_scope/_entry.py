@@ -107,7 +107,7 @@ class Entry(Teardown):
             self._span.stage = "entry 2"
         life = uuid4().hex if barrier is None else barrier.part.life
         self._guard("making the group", lambda: renewal.renew(life))
-        renewal.is_due = bool(self._failures.raised)
+        renewal.is_due = False
         if barrier is not None:
             self._meet_at_entry(barrier.rank, "entry 2")
         elif self._failures.first is not None:
@@ -116,6 +116,8 @@ class Entry(Teardown):
 
     def _refuse(self, refusal: BaseException) -> None:
         """Leave a scope whose body does not start: clean up what it was given, and attach what that raises."""
+        if self._stage == "entry 2" and self._renewal is not None:
+            self._renewal.is_due = True  # on all ranks, also on one that has made its part
         if self._state in ("new", "in the body"):
             self._in_flight = refusal
             self._plan()

@@ -161,6 +161,7 @@ class Teardown(Arrival):
                 self._chosen, self._agreed, self._number, self._stage = top, None, number, f"exit {number}"
                 if self._span is not None:
                     self._span.stage = self._stage
+                    self._span.past = set(self.verdict.failures) if self.verdict is not None else set()
             else:
                 self._skip(top)
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from collective_scope.agreement.clock import warning_times
 from collective_scope.agreement.process import Process
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
 from collective_scope.agreement.revocation import Revocation
-from collective_scope.agreement.watch import warning_times
 from collective_scope.exceptions import RevokedInterrupt
 from tests.agreement.conftest import Other, World
 from tests.stores import (

@@ -14,7 +14,7 @@ from .control import THAW_S, Control
 from .part import Part
 from .records import Outcome, Record, Verdict
 from .rounds import all_ok, judge
-from .store_thread import StoreThread, next_reply
+from .store_thread import SIGNALS_S, StoreThread, next_reply
 from .text import one_line, type_name
 from .wait import FIRST_LOOK_S, GRACE_S, Decided, Wait
 
@@ -163,7 +163,8 @@ class Barrier:
                 self._leave_behind(wait, f"rank {self.rank} gave up, because the store did not answer")
                 now = monotonic()
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
-            reply = self._taken(next_reply(wait.replies, limit), wait)
+            # The control thread may make the deadline earlier meanwhile.
+            reply = self._taken(next_reply(wait.replies, min(limit, monotonic() + SIGNALS_S)), wait)
         wait.reply, wait.over = reply, True
         if isinstance(reply, Verdict):  # otherwise it is `Failed`
             return reply

@@ -182,7 +182,7 @@ class Control:
         spans = list(self.spans.values())
         sizes = [span.part.world_size for span in spans if not span.is_idle]
         if sizes:
-            return WAITING_S + max(sizes) / 1000
+            return min(WAITING_S + max(sizes) / 1000, GRACE_S / 2)  # a pause is no silence of the store
         return 2 * WAITING_S if any(span.revocation is not None for span in spans) else IDLE_S
 
     def _look(self, store: Store) -> None:

@@ -134,7 +134,7 @@ class Revocation:
         return not self.is_begun and now >= self._failed_at + self.renewal.grace
 
     def postpone(self) -> None:
-        """Do not revoke: all ranks have come."""
+        """Do not revoke: no rank is known to have failed since all have come to a barrier."""
         self._failed_at = float("inf")
 
     def begin(self, now: float, *, is_at_work: bool, is_free: bool) -> None:

@@ -26,7 +26,7 @@ from .records import OK, Listed, Outcome, Record, Verdict, all_well, everyone
 
 _INTERRUPT = "RevokedInterrupt"
 
-_HUNG_UP = re.compile(r"connection (was )?(closed|reset) by|connection was likely closed|broken pipe", re.IGNORECASE)
+_HUNG_UP = re.compile(r"connection (was )?(closed|reset) by|broken pipe", re.IGNORECASE)
 """The words of an error that a rank has because its peer has closed the connection."""
 
 ARRIVED = 1

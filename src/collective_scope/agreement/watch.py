@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
-from .clock import monotonic
+from .clock import monotonic, warning_times
 from .locate import ANSWER_S, Locator
 from .losses import BEATS_S, find_lost
 from .part import Part
@@ -73,6 +72,7 @@ class Span:
         stirred: When it last went somewhere, be it out of a scope within this one.
         wait: Its wait at the barrier, if it does wait.
         has_failed: Whether the rank itself has failed.
+        past: Ranks whose failure leaves no rank stuck: all have come to a barrier since.
         history: Phases, and what happened in them, each with the time at which it began; None if that is not kept.
         is_left: Whether the rank has left the scope, though a wait of it is still to be ended.
     """
@@ -93,6 +93,7 @@ class Span:
     stirred: float = 0.0
     wait: Wait | None = None
     has_failed: bool = False
+    past: set[int] = attrs.field(factory=set)
     history: list[tuple[float, str]] | None = None
     is_left: bool = False
     # The rest is the control thread's own.
@@ -205,9 +206,13 @@ class Span:
     def _free(self, store: Store, now: float, revocation: Revocation) -> None:
         """Revoke the group if a rank has failed and not all have come; see `Revocation`."""
         mine, part = self._mine(None), self.part
-        failed = (relation(r, mine) for r in list(part.records.values()) if not r.outcome.ok)
-        if self.has_failed or any(where in ("here", "around") for where in failed):
+        failures = [(rank, r) for rank, r in list(part.records.items()) if not r.outcome.ok]
+        failed = {rank for rank, r in failures if relation(r, mine) in ("here", "around")}
+        failed = (failed | {part.rank} if self.has_failed else failed) - self.past
+        if failed:
             revocation.note_failure(now)
+        else:
+            revocation.postpone()
         is_told = any(path == self.path or is_around(path, self.path) for path in part.revoked)
         inner = self._inner
         is_free = all(span.phase == IN_BODY for span in (self, *inner))
@@ -221,7 +226,7 @@ class Span:
         elif revocation.is_due(now):
             # Before it is done: a rank that comes after this knows that the group has been revoked.
             if has_all(store.add(f"{part.key(mine.round)}/n", REVOKED), part.world_size):
-                revocation.postpone()
+                self.past |= failed
             else:
                 part.announce(store, f"revoked {part.life} {self.path}")
                 revocation.begin(now, is_at_work=self.is_idle, is_free=is_free)
@@ -237,7 +242,7 @@ class Span:
         missing = self._missing(wait)
         if not is_split and not wait.reason and not lost:
             self._locator.ask(store, now, self.round_of_wait)
-            if self._locator.has_time(now) and not self._locator.have_answered(store, missing):
+            if not self._locator.have_answered(store, missing) and self._locator.has_time(now):
                 return
         self._mourned |= lost  # the verdict says it
         for span in list(self.control.spans.values()):
@@ -292,9 +297,3 @@ class Span:
             if rank not in self.part.lost and answer is not None and answer.scope.startswith(self.path):
                 return False
         return True
-
-
-def warning_times(start: float, after: float) -> Iterator[float]:
-    """Return when a rank speaks of what lasts since *start*: after 1, 3, 6, 12, 24, 36, ... times *after* seconds."""
-    yield from (start + after, start + 3 * after, start + 6 * after)
-    yield from itertools.count(start + 12 * after, 12 * after)
