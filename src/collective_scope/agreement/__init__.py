@@ -5,7 +5,7 @@ Read in this order, each module importing only from those before it:
 
 * ``clock``: time, whatever tests do to it
 * ``process``: which process a rank is, where it is, what the system says of it
-* ``stacks``, ``text``, ``records``: what a rank tells, and what all ranks are told
+* ``text``, ``stacks``, ``records``: what a rank tells, and what all ranks are told
 * ``rounds``: paths of scopes, the count of a round, and `judge`, as pure functions
 * ``wire``: how a verdict travels
 * ``sockets``: whether this process serves a store; its connections, and to cut them
@@ -24,7 +24,7 @@ A scope, which is around all this, uses it as follows. At its entry it has a `Sp
 control thread. A rank that fails calls ``publish`` at once; it arrives later, after its cleanups. At the
 exit each rank calls ``arrive`` with a `Record` that says ``arrived``, and goes by the verdict. Where ranks
 have collective cleanups left, they meet again after each: ``exit``, ``exit 2``, ... If a rank has failed and
-not all have come after a grace, the group is revoked, should it be a `Renewal`: each rank makes its own
+not all have come within the group's grace, it is revoked, should it be a `Renewal`: each rank makes its own
 communicators fail, so that those that are stuck in them come back, fail, and arrive. So are ranks freed that
 do not come to an exit within the timeout. The next scope's entry makes the group again. A group that is
 joined has a life, a random word; a rank's seat in it is its own key, which holds a random word first, and
@@ -43,9 +43,9 @@ life of {n}        the first rank that joins: a random word     with the last ra
                    that begins all keys of the group; a rank
                    that leaves counts itself behind it
 {life}/rank/{r}    rank *r*: the latest `Record`                with the last rank that leaves the group
-{life}/{round}/n   each rank adds 1 when it arrives, 2^21 when  soon after the next round that is complete
-                   it has something to tell, and 2^42 when it
-                   revokes the group
+{life}/{round}/n   each rank adds 1 when it arrives, 2^21 more  soon after the next round that is complete
+                   if it has something to tell; 2^42 if it is
+                   the first, or among the first, to revoke
 {life}/{round}/v   the verdict; the first to write it wins      with ``n``; it stays if a rank was interrupted
                                                                 or gave up in the round
 news               a rank adds 1 for each item                  never: one key a store

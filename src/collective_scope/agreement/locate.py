@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 ANSWER_S = 0.5
-"""How long before they are needed ranks are asked where they are; one that has not answered by then will not."""
+"""How long a rank that is asked where it is has to answer: one that has not done so by then will not."""
 
 
 @attrs.define(eq=False)
@@ -59,7 +59,7 @@ class Locator:
         known = [self.part.records[rank] for rank in ranks if rank in self.part.records]
         return all(record.answered >= self._number or record.last_word for record in known)
 
-    def has_answer_of(self, rank: int) -> Place | None:
+    def answer_of(self, rank: int) -> Place | None:
         """Return where *rank* said that it is, when it was last asked."""
         record = self.part.records.get(rank)
         return record.place if record is not None and record.answered >= self._number > 0 else None
@@ -71,7 +71,7 @@ class Locator:
             record = self.part.records.get(rank)
             if record is None or record.process == NOBODY:
                 continue
-            state, answer = record.process.state(), self.has_answer_of(rank)
+            state, answer = record.process.state(), self.answer_of(rank)
             if record.last_word:  # after that, it has answered nothing
                 places[rank] = Place(record.process, state, phase=record.last_word)
             elif answer is not None:

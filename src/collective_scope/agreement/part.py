@@ -44,7 +44,7 @@ RECORDS_S = 0.25
 """How long the rank that decides waits for the records of those that arrived a moment ago."""
 
 POLL_S = 0.05
-"""How often a rank looks for the verdict for which the system has no thread to give."""
+"""How often a rank looks that has no thread to look for it."""
 
 
 @attrs.define(eq=False)
@@ -61,9 +61,7 @@ class Part(Peers):
     """The group's own part of the store."""
     _joining: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _published: tuple[str, int] = attrs.field(default=("", 0), init=False)
-    """The scope whose failure was published last, and its number among all that were."""
-    _reported: str = attrs.field(default="", init=False)
-    """The round whose count says that this rank has something to tell."""
+    """The scope whose failure was published last, and the number of that in the news."""
     _latest: list[str] = attrs.field(factory=list, init=False)
     """Keys of the latest complete round."""
     _odd: list[str] = attrs.field(factory=list, init=False)
@@ -98,9 +96,6 @@ class Part(Peers):
         number = store.add(NEWS, 1)
         self._published = (record.scope, number)
         self.tell(self._ordered(record), store)
-        if self._reported != record.round:
-            self._reported = record.round
-            store.add(self.key(f"{record.round}/n"), REPORT)
         store.set(f"{NEWS}/{number}", f"failed {self.life} {self.rank}")
         self.items.append((number, monotonic()))
 
@@ -169,9 +164,7 @@ class Part(Peers):
             self.publish(record, store)
         else:
             self.tell(self._ordered(record), store)
-        report = REPORT if self._reported != record.round else 0
-        self._reported = record.round
-        return report
+        return REPORT
 
     def _ordered(self, record: Record) -> Record:
         """Return *record* with the place of its failure among all that were published."""
@@ -193,7 +186,12 @@ class Part(Peers):
         return decode_verdict(text, wait.record, self.world_size)
 
     def decide(self, wait: Wait, store: Store, lost: Iterable[int], where: Mapping[int, Place]) -> bytes:
-        """Write the verdict of a round from what is known now, unless there is one; return what stands then."""
+        """
+        Write the verdict of a round from what is known now.
+
+        Returns:
+            What stands then; empty if there was a verdict before, or nobody waits for one any more.
+        """
         key = self.key(wait.record.round)
         over = [f"{self.key(path)}/exit/v" for path in scopes_around(wait.record.scope)]
         over = [each for each in over if store.check([each])]

@@ -30,7 +30,7 @@ class Peers:
         clone: Returns a client of the group's store for use on one thread.
         rank: This rank, counted from 0 within the group.
         world_size: Number of ranks of the group.
-        heard: Called whenever the store has answered the control thread.
+        heard: Called whenever the store has answered.
         items: Numbers of the news that this process wrote, and when.
         process: The process of this rank.
         server: The rank that serves the store, if one of the group's does, as far as this one can guess.

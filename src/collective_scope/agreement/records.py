@@ -88,7 +88,8 @@ class Record:
 
     Attributes:
         scope: Path of the scope that it is in.
-        stage: Which round of the scope: ``"entry"``, ``"exit"``, ``"exit 2"``, ...; empty if it came to none.
+        stage: Which round of the scope: ``"entry"``; ``"entry 2"``, when the group has been made; ``"exit"``,
+            ``"exit 2"``, ...; empty if it came to none.
         arrived: Whether it waits there, or did.
         outcome: What happened on it so far, in that scope.
         cleanups: Collective cleanups left, in the order they would run.
@@ -186,7 +187,7 @@ class Verdict:
 
         pending: Whether collective cleanups were left.
 
-        revoked: Whether the group was revoked, so that ranks which were stuck came back.
+        revoked: Whether the group was revoked before all had come, so that ranks which were stuck came back.
 
         global_ranks: What the ranks are called in the default group, if not the same.
     """

@@ -35,7 +35,15 @@ INTERRUPT_S = 0.1
 
 @runtime_checkable
 class Renewal(Protocol):
-    """The offer of a group that can be revoked and made again."""
+    """
+    The offer of a group that can be revoked and made again.
+
+    Attributes:
+        grace: Seconds from a failure until it is revoked, if not all ranks have come.
+        is_due: Whether the next scope has to make it.
+        value: What was made; None before.
+        interrupts_first: Whether a body is interrupted before the group is revoked.
+    """
 
     grace: float
     is_due: bool

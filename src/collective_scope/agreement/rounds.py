@@ -33,13 +33,13 @@ ARRIVED = 1
 """A rank adds this to the count of a round when it arrives."""
 
 REPORT = 1 << 21
-"""It adds this, once a round, if it has something to tell."""
+"""It adds this, too, if it has something to tell."""
 
 REVOKED = 1 << 42
-"""It adds this, once a round, if it revokes the group. 64 bits are enough for two million ranks."""
+"""A rank that revokes the group adds this, once a round, if no peer has told it to. 64 bits are enough for two million ranks."""
 
 FIRST_EXIT = 1
-"""The place before the first exit barrier, in the order of stages."""
+"""The place before the first exit barrier, in the order of stages; what is greater is an exit."""
 
 NAME_LIMIT = 200
 """Characters of a name that travel."""

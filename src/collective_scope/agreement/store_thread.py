@@ -67,7 +67,7 @@ class StoreThread:
         connect: Called on the thread before its first job; returns the store it uses.
 
     Attributes:
-        replies: What the jobs return, or `Failed`; nothing for a job that returns None.
+        replies: `Failed` for a job that raised; a job that has a reply puts it here itself, or returns it.
         is_running: Whether there is a thread.
         ident: The thread that makes the calls.
     """

@@ -293,7 +293,7 @@ class Span:
             return False
         for rank in range(self.part.rank):
             self.part.read(store, [rank])
-            answer = self._locator.has_answer_of(rank)
+            answer = self._locator.answer_of(rank)
             if rank not in self.part.lost and answer is not None and answer.scope.startswith(self.path):
                 return False
         return True
