@@ -11,8 +11,9 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
-from collective_scope import BarrierTimeoutError, CollectiveScopeError, PeerLostError, _kill, collective_scope
+from collective_scope import BarrierTimeoutError, CollectiveScopeError, PeerLostError, Subtests, _kill, collective_scope
 from collective_scope._kill import EXIT_CODE, stacks
 from collective_scope.agreement.control import SURVEY_S
 from tests.ranks import RankResult, here, process_state, run_ranks
@@ -97,6 +98,24 @@ def test_kill_after_surveys_ranks_at_work_and_waiting_and_tells_them() -> None:
     assert "at the barrier of scope 'uneven'" in report[at_barrier:here_]
     assert "in the body of scope 'uneven'" in report[here_:at_work]
     assert "in _work_until_it_is_gone" in report[at_work:]
+
+
+def _get_stuck_in_a_loop(rank: int, _world_size: int) -> None:
+    group = dist.new_group([0, 1])
+    with Subtests(group, kill_after=1.0, timeout=_STUCK_S) as subtests:
+        with subtests.test("bad"):
+            assert rank != 1, "the real bug"
+        with subtests.test("stuck"):
+            time.sleep(_STUCK_S)
+
+
+def test_kill_after_in_a_loop_of_subtests_sums_up_what_was_found_before() -> None:
+    """A process that is ended takes no result along."""
+    first, _ = run_ranks(2, _get_stuck_in_a_loop, host="parent", expect_exit={0: EXIT_CODE, 1: EXIT_CODE})
+
+    assert "FAILED bad" in first.stdout
+    assert "rank 1, body: AssertionError: the real bug" in first.stdout
+    assert "1 failed in " in first.stdout
 
 
 def _hold_the_interpreter() -> None:

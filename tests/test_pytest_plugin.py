@@ -424,6 +424,7 @@ def test_group_that_cannot_be_made_again_is_called_dead_in_full_once_then_in_a_l
     run = run_torchrun(*arguments, world_size=2, cwd=tmp_path, env=WIDE, expect_exit=1)
 
     assert re.search(r"4 failed, 1 passed in ", run.stdout)
+    assert "collective_scope: 2 ranks; no --collective-scope-make, so a rank that is stuck" in run.stdout
     assert 1 == run.stdout.count("RenewableGroup frees its ranks before that")
     later = re.findall(r"^FAILED .*test_later\[\d\] - (.*)$", run.stdout, re.MULTILINE)
     assert all("its group is dead since scope 'test_dead.py::test_fails_before (call)': " in line for line in later[1:])
@@ -485,6 +486,10 @@ def test_fails_in_two_ways():
     raise KeyError("second")
 
 
+def test_fails_with_an_address():
+    raise ValueError(f"the same: <Group object at {id(RANK) + RANK:#x}>")
+
+
 def test_breaks(group):
     if RANK == 1:
         raise ValueError("the cause")
@@ -542,6 +547,12 @@ def test_ranks_that_fail_in_two_ways_are_both_shown_with_a_traceback(various: di
     assert all(line in text for line in ('assert RANK != 0, "first"', 'raise KeyError("second")'))
 
 
+def test_ranks_whose_messages_differ_by_an_address_have_failed_alike(various: dict[str, str]) -> None:
+    """Where an object is in memory is different on each rank, and no other failure."""
+    assert "test_fails_with_an_address - ranks 0, 1: ValueError: the same: " in various["summary"]
+    assert "which failed in another way" not in various["test_fails_with_an_address"]
+
+
 def test_group_of_a_fixture_that_a_revocation_has_destroyed_is_said_to_be_so(various: dict[str, str]) -> None:
     """The report of a later test names the one that cost the group, and says where to make such groups."""
     text = various["test_uses_it_again"]
@@ -568,6 +579,56 @@ def test_pass_that_was_to_be_a_failure_fails_once_on_all_and_at_the_teardown_if_
     assert re.search(r"^FAILED .*test_passes_on_all - \[XPASS\(strict\)\] on no rank", various["summary"], re.MULTILINE)
     assert not re.search(r"^ERROR .*test_passes_on_all", various["summary"], re.MULTILINE)
     assert re.search(r"^ERROR .*test_is_to_fail_on_one_rank_and_passes - rank 1: ", various["summary"], re.MULTILINE)
+
+
+_MAKE_FAILS = """
+import os
+
+import torch.distributed as dist
+
+attempts = []
+
+
+def make(store):
+    attempts.append(1)
+    rank = int(os.environ["RANK"])
+    if rank == 1 and len(attempts) == 1:
+        raise OSError("the card is busy")
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+"""
+
+_BARRIERS = """
+import torch.distributed as dist
+
+
+def test_first():
+    dist.barrier()
+
+
+def test_second():
+    dist.barrier()
+"""
+
+
+def test_make_that_fails_on_one_rank_costs_one_test_and_is_its_only_error(tmp_path: Path) -> None:
+    """The plugins of pytest whose setup was left out have nothing to tear down."""
+    (tmp_path / "groups_of_suite.py").write_text(_MAKE_FAILS)
+    (tmp_path / "test_suite.py").write_text(_BARRIERS)
+    arguments = (
+        "-m",
+        "pytest",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        SCOPES,
+        "--collective-scope-make=groups_of_suite:make",
+    )
+
+    run = run_torchrun(*arguments, world_size=2, cwd=tmp_path, env=WIDE, expect_exit=1)
+
+    assert re.search(r"= 1 passed, 1 error in ", run.stdout)
+    assert re.search(r"^ERROR test_suite.py::test_first - rank 1: OSError: the card is busy", run.stdout, re.MULTILINE)
+    assert "KeyError" not in run.stdout
 
 
 def test_make_without_a_launcher_makes_a_group_of_one(tmp_path: Path) -> None:

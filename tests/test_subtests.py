@@ -35,6 +35,8 @@ from collective_scope import (
 from collective_scope._notes import NOT_RUN
 from collective_scope._subtest_result import ExpectedFailure, ends_loop, judge_subtest
 from collective_scope._subtests_report import summary, write_junit
+from collective_scope.agreement.process import Place, Process
+from collective_scope.agreement.records import OK
 from collective_scope.agreement.text import type_name
 from tests.ranks import RankPool, here, values
 
@@ -833,6 +835,19 @@ def test_summary_of_a_subtest_that_lost_a_rank_names_that_first() -> None:
     assert "  rank 0, body: RuntimeError: Connection closed by peer (a consequence)" == lines[2]
     assert "  rank 2 did not come" == lines[3]
     assert (0, outcome) == result.cause
+
+
+def test_summary_on_a_rank_that_its_peers_gave_up_on_says_where_it_was() -> None:
+    """What it raised itself came of that, and names neither rank nor line."""
+    place = Place(Process("node", 7), phase="in the body of scope 'scope'", frames='  File "body.py", line 12\n')
+    verdict = attrs.evolve(_verdict({1: OK}, missing=(0,)), where={0: place})
+    error = RuntimeError("Connection closed by peer")
+
+    text = summary([SubtestResult("a", "failed", error=error, verdict=verdict)], 1.0, "")
+
+    assert text.startswith("FAILED a\n  rank 0 of 2 missing at the exit of scope 'scope'\n")
+    assert 'File "body.py", line 12' in text
+    assert "\n  RuntimeError: Connection closed by peer\n" in text
 
 
 # Files

@@ -23,11 +23,12 @@ def parallel_launch_with_config(
     pool: Pool, configs: Iterable[MoETestConfig], options: Options, report: Subtests
 ) -> None:
     """Run *configs*, each on as many ranks as it needs."""
-    size = 0
+    size, has_used_deep_ep = 0, False
     for config in configs:
         if config.backend == "symm_mem":
-            # NVSHMEM begins once in a process, with as many ranks as the group has then.
-            if size not in (0, config.world_size):
+            # NVSHMEM begins once in a process, with as many ranks as the group has then; not where DeepEP came first.
+            if size not in (0, config.world_size) or (size == 0 and has_used_deep_ep):
                 pool.restart()
-            size = config.world_size
+            size, has_used_deep_ep = config.world_size, False
+        has_used_deep_ep |= (config.backend or "").startswith("deep_ep")
         pool.run(config.id(), _parallel_worker, config, options, ranks=config.world_size, report=report)

@@ -38,7 +38,7 @@ from .exceptions import (
 #
 #   pytest_plugin, _pytest_phases, _pytest_terminal, _pytest_reports, _pytest_tellings    a scope around each phase of a test
 #   __main__                   the command ``check``
-#   _subtests, _subtests_report, _subtest_result    a loop of subtests, and its report
+#   _subtests, _subtest, _subtest_result, _subtests_report    a loop of subtests, and its report
 #   _api                       the function that users call, and what it accepts
 #   _renewable                 a group that can be revoked, and made again
 #   _scope, _entry             the life of a scope: with, decorator; what the entry does

@@ -30,6 +30,10 @@ __tracebackhide__ = True
 """Where pytest leaves frames out: between the line with the scope and the line that failed, these tell nothing."""
 
 
+MAKING = "making the group"
+"""The phase in which a `RenewableGroup` is made."""
+
+
 @attrs.frozen
 class Options:
     """How a scope behaves; times in seconds. `collective_scope` says what they mean."""
@@ -167,12 +171,12 @@ class Arrival(Registry):
     def _note_whose_group_it_is(self, membership: Membership, verdict: Verdict) -> None:
         """Say of errors on groups that are gone which scope has cost them, and of a group made twice who has made it."""
         is_here = verdict.revoked or not verdict.complete
-        for _, error in self._failures.raised if membership.renewal is not None else ():
+        for phase, error in self._failures.raised if membership.renewal is not None else ():
             message = message_of(error) if _is_a(error, "RuntimeError", "ValueError") else ""
             if membership.dead_since and not is_here and _torch.is_end_of_group(message):
                 error.add_note(_notes.made_again(membership.dead_since))
             if _torch.is_made_twice(message):
-                error.add_note(_notes.MADE_TWICE)
+                error.add_note(_notes.MADE_BEFORE if phase == MAKING else _notes.MADE_TWICE)
 
     def _find(self) -> None:
         """Look the group up, unless that has been found."""

@@ -11,6 +11,7 @@ from uuid import uuid4
 import attrs
 
 from . import _notes, _report, _torch
+from ._arrival import MAKING
 from ._failures import errors_of
 from ._kill import Killer
 from ._membership import Membership
@@ -106,7 +107,7 @@ class Entry(Teardown):
         if self._span is not None:
             self._span.stage = "entry 2"
         life = uuid4().hex if barrier is None else barrier.part.life
-        self._guard("making the group", lambda: renewal.renew(life))
+        self._guard(MAKING, lambda: renewal.renew(life))
         renewal.is_due = False
         if barrier is not None:
             self._meet_at_entry(barrier.rank, "entry 2")

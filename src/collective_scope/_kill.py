@@ -38,6 +38,10 @@ stderr_fd: int | None = None
 """Where to write at last, if not to file descriptor 2: pytest's plugin sets it to what pytest captures."""
 
 
+last_words: list[Callable[[], object]] = []
+"""What else is called before the process is ended, such as to say what was found so far."""
+
+
 class Killer:
     """
     Ends the process when a scope has not been left in time.
@@ -140,6 +144,8 @@ def end(text: str) -> None:
     with contextlib.ExitStack() as calls:  # from the last one to the first, each whatever those before it have raised
         calls.callback(os._exit, EXIT_CODE)
         calls.callback(logging.shutdown)
+        for words in last_words:
+            calls.callback(words)
         calls.callback(lambda: os.write(_stderr(), f"\n{text}\n{stacks()}".encode(errors="replace")))
         for stream in (sys.stderr, sys.stdout):
             if hasattr(stream, "flush"):

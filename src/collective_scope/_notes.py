@@ -43,6 +43,12 @@ MADE_TWICE = (
     " (in pytest: --collective-scope-make package.module:function)."
 )
 
+MADE_BEFORE = (
+    "There was a default group before the RenewableGroup came to make its own, at the entry of the first scope: leave"
+    " that init_process_group() out, or put it into a function that is passed as make (in pytest:"
+    " --collective-scope-make package.module:function)."
+)
+
 MADE_AGAIN = "The group was revoked in scope "
 
 

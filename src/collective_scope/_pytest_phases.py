@@ -206,6 +206,11 @@ class Phases:
             item.stash[_SCOPE] = new_scope(f"{item.nodeid} (call)", self._group, self._options, item)
         return item.stash[_SCOPE]
 
+    def raise_refusal(self) -> None:
+        """Raise what refuses the phase, if anything does."""
+        if self._phase is not None and self._phase.refusal is not None:
+            raise self._phase.refusal
+
     def _run(self, item: pytest.Item, when: str) -> Wrapper:
         if not self.asks(item):
             return (yield)
@@ -223,8 +228,6 @@ class Phases:
             phase.enter()
             if (barrier := phase.scope._barrier) is not None:  # noqa: SLF001  (a part of it)
                 self._terminal.rank = barrier.rank
-            if phase.refusal is not None and when != "teardown":
-                raise phase.refusal
             return (yield)
         except (KeyboardInterrupt, pytest.exit.Exception) as end:
             self._phase = None

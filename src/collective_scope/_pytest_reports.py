@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from ._report import _numbers, _outcomes, is_like_a_consequence, missing
 from .agreement.records import Verdict
 from .agreement.text import traceback_of
 from .exceptions import CollectiveScopeError, PeerFailedError
+
+
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 
 
 def judge(verdict: Verdict | None, told: list[Told]) -> str:
@@ -76,7 +80,7 @@ def failed(
     """
     told = hear(verdict)
     lead = next(iter(_causes(told)), None)
-    alike = [] if lead is None else sorted(each.rank for each in _causes(told) if each.line == lead.line)
+    alike = [] if lead is None else sorted(each.rank for each in _causes(told) if _is_alike(each, lead))
     ours = [e for e in errors if isinstance(e, CollectiveScopeError) and not isinstance(e, PeerFailedError)]
     local = [e for e in errors if not isinstance(e, CollectiveScopeError)]
     line = lead.line if lead is not None else str(ours[0]).split("\n", 1)[0] if ours else ""
@@ -112,6 +116,11 @@ def failed(
     for error in local:
         _add(report, f"in addition, on rank {rank}", traceback_of(error))
     return report
+
+
+def _is_alike(one: Told, other: Told) -> bool:
+    """Whether two ranks have failed in the same way; where an object is in memory makes no difference."""
+    return _ADDRESS.sub("", one.line) == _ADDRESS.sub("", other.line)
 
 
 def _failed_otherwise(told: Told, alike: list[int], config: pytest.Config) -> str:

@@ -25,8 +25,8 @@ MOST_RANKS = 16
 """Ranks that one line names; the rest are counted."""
 
 MISSING_ADVICE = (
-    "A missing rank is still in its body or a cleanup, is blocked in a collective, or never came to this scope.\n"
-    "  Look first at the earliest failure above, then at that rank's own log."
+    "A missing rank is still in its body or a cleanup, is blocked in a collective that a rank which has arrived may\n"
+    "  have skipped, or never came to this scope. Look first at a failure that is named above, then at its own log."
 )
 MISMATCH_ADVICE = (
     "All ranks of a group must go through the same scopes in the same order. Usual causes: a scope under a\n"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO
 
-from . import _groups
+from . import _groups, _kill
 from ._subtest import Subtest
 from ._subtest_result import ExpectedFailure, SubtestResult
 from ._subtests_report import Output, Progress, lost, summary, write_junit, write_trace
@@ -109,14 +109,12 @@ class Subtests:
         self._started = monotonic()
 
     def __enter__(self) -> Self:
+        _kill.last_words.append(self._sum_up)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._speaks:
-            self._get_progress().end()
-            ended = self.results[-1].id if error is not None and self.results else ""
-            text = summary(self.results, monotonic() - self._started, self._rerun, ended)
-            self._output.write(f"{text}\n")
+        _kill.last_words.remove(self._sum_up)
+        self._sum_up(is_early=error is not None)
         failed = [result for result in self.results if result.status in ("failed", "not run")]
         if failed and error is None:
             errors = [result.error for result in failed if result.error is not None]
@@ -167,6 +165,14 @@ class Subtests:
         """
         found = _groups.find(self._group)
         write_trace(self.results, path, found[0].barrier if found is not None else None)
+
+    def _sum_up(self, *, is_early: bool = True) -> None:
+        """Print what became of the subtests, on rank 0; *is_early* if there may be more."""
+        if self._speaks:
+            self._get_progress().end()
+            ended = self.results[-1].id if is_early and self.results else ""
+            text = summary(self.results, monotonic() - self._started, self._rerun, ended)
+            self._output.write(f"{text}\n")
 
     # Called by a subtest.
 

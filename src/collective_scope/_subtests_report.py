@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ._failures import errors_of
 from ._notes import NOT_RUN
 from ._report import is_like_a_consequence
 from ._subtest_result import told
@@ -20,7 +21,7 @@ from .agreement.clock import monotonic, sleep
 from .agreement.part import POLL_S
 from .agreement.rounds import failures_in_order
 from .agreement.store_thread import ABSENT, base_of, peek
-from .agreement.text import message_of
+from .agreement.text import message_of, one_line, type_name
 
 
 if TYPE_CHECKING:
@@ -163,8 +164,12 @@ def _failure(result: SubtestResult, rerun: str) -> list[str]:
         gone = [f"  rank {rank} is gone" for rank in verdict.lost]
         late = [f"  rank {rank} did not come" for rank in verdict.missing if rank not in result.failures]
         lines[1:] = [*gone, *lines[1:], *late]
-    if not ordered and result.error is not None:
-        lines += [f"  {line}" for line in message_of(result.error).splitlines()]
+    if not ordered and result.error is not None:  # what the verdict says comes first: it has the ranks
+        errors = [] if verdict is None else errors_of(verdict, -1)
+        texts = [message_of(error) for error in errors if error is not result.error]
+        mine = message_of(result.error)
+        texts.append(one_line(type_name(result.error), mine) if texts else mine)
+        lines += [f"  {line}" for text in texts for line in text.splitlines()]
     notes = getattr(result.error, "__notes__", ())
     lines += [f"  {note}" for note in notes if note.startswith(NOT_RUN)]
     if rerun:

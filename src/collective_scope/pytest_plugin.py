@@ -62,6 +62,7 @@ class Plugin:
         self._terminal = Terminal(config, world.rank, world.world_size)
         self.phases = Phases(config, self._asks, self._group, self._options, self._terminal)
         config.pluginmanager.register(self.phases, "collective_scope phases")
+        config.pluginmanager.register(Refusals(self.phases), "collective_scope refusals")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
@@ -74,7 +75,9 @@ class Plugin:
 
     def pytest_report_header(self) -> str:
         """Say what the tests run on."""
-        return f"collective_scope: {self._world.world_size} rank{'s' * (self._world.world_size > 1)}"
+        is_plain = self._world.world_size > 1 and not isinstance(self._group, RenewableGroup)
+        hint = "; no --collective-scope-make, so a rank that is stuck in a collective stays there" if is_plain else ""
+        return f"collective_scope: {self._world.world_size} rank{'s' * (self._world.world_size > 1)}{hint}"
 
     def pytest_internalerror(self, excrepr: object) -> None:
         """Let a rank say why it dies that prints nothing else."""
@@ -136,6 +139,23 @@ class Plugin:
     def pytest_unconfigure(self) -> None:
         """Leave the process as it was, if the session has not begun."""
         self._terminal.leave()
+
+
+class Refusals:
+    """The hooks that leave out what was refused: within those of pytest's own plugins, whose teardown needs their setup."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:  # noqa: ARG002  (given to all)
+        """Raise the refusal, before any fixture."""
+        self._phases.raise_refusal()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:  # noqa: ARG002  (given to all)
+        """Raise the refusal, before the test."""
+        self._phases.raise_refusal()
 
 
 def _read_options(world: World, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -253,7 +253,6 @@ def test_judge_rank_that_did_not_arrive_is_missing(
     ("other", "there"),
     [
         pytest.param(_at("0 other"), "other", id="name"),
-        pytest.param(_at("1 scope"), "scope", id="a-scope-later"),
         pytest.param(_at(stage="exit 2"), "scope (exit 2)", id="stage"),
     ],
 )
@@ -263,6 +262,20 @@ def test_judge_rank_at_another_place_is_a_mismatch(other: Record, there: str) ->
 
     assert {0: "scope", 2: there} == verdict.names
     assert ((0,), (1, 2), False) == (verdict.arrived, verdict.missing, verdict.complete)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "names"),
+    [
+        pytest.param("0 scope", "1 scope", {0: "scope (no. 1)", 1: "scope (no. 2)"}, id="of-a-loop"),
+        pytest.param("0 a/1 s", "1 a/1 s", {0: "a (no. 1) / s (no. 2)", 1: "a (no. 2) / s (no. 2)"}, id="within"),
+    ],
+)
+def test_judge_ranks_at_scopes_of_one_name_are_told_apart_by_their_numbers(
+    mine: str, other: str, names: dict[int, str]
+) -> None:
+    """A mismatch whose names are all the same would contradict itself."""
+    assert names == judge({0: _at(mine), 1: _at(other)}, _at(mine), 2).names
 
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["waits-there", "is-on-its-way"])

@@ -186,6 +186,8 @@ def judge(
                 names[rank] = name_of(r.scope) if r.scope != mine.scope else f"{name_of(r.scope)} ({r.stage})"
     if names:
         names |= dict.fromkeys(arrived, name_of(mine.scope))
+        if len(set(names.values())) == 1:  # at different calls of the same
+            names = {rank: _spelled(records.get(rank, mine).scope or mine.scope) for rank in names}
     lists = {rank: here[rank].cleanups if rank in here else () for rank in arrived}
     differ = len({_to_compare(each) for each in lists.values()}) > 1 and not outside and not names
     return Verdict(
@@ -257,6 +259,12 @@ def _is_echo(outcome: Outcome) -> bool:
 
 def _to_compare(listed: tuple[Listed, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((name, digest) for name, digest, _ in listed)
+
+
+def _spelled(path: str) -> str:
+    """Return the names on *path*, each with its number among the scopes entered there, counted from 1."""
+    parts = [(name_of(part), *_number(part)) for part in path.split("/")]
+    return " / ".join(name if number == math.inf else f"{name} (no. {number + 1})" for name, _, number in parts)
 
 
 def _order(stage: str) -> int:
