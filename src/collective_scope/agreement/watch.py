@@ -216,20 +216,21 @@ class Span:
         is_told = any(path == self.path or is_around(path, self.path) for path in part.revoked)
         inner = self._inner
         is_free = all(span.phase == IN_BODY for span in (self, *inner))
+        is_at_work = self.wait is None or self.wait.record.round != mine.round
         if revocation.is_begun:
             for span in inner:
                 if span.wait is not None and not span.wait.over and not span.wait.reason:
                     span.wait.reason, span.wait.deadline = "the group around it was revoked", now
             revocation.look(now, is_free=is_free)
         elif is_told:
-            revocation.begin(now, is_at_work=self.is_idle, is_free=is_free)
+            revocation.begin(now, is_at_work=is_at_work, is_free=is_free)
         elif revocation.is_due(now):
             # Before it is done: a rank that comes after this knows that the group has been revoked.
             if has_all(store.add(f"{part.key(mine.round)}/n", REVOKED), part.world_size):
                 self.past |= failed
             else:
                 part.announce(store, f"revoked {part.life} {self.path}")
-                revocation.begin(now, is_at_work=self.is_idle, is_free=is_free)
+                revocation.begin(now, is_at_work=is_at_work, is_free=is_free)
 
     def _look_at_wait(self, store: Store, now: float, wait: Wait, lost: set[int]) -> None:
         """End the wait of this rank, and of all, if there is a reason."""
