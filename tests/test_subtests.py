@@ -183,7 +183,7 @@ def _ended_by(rank: int, world_size: int, error: type[BaseException]) -> Seen:
     return _play(rank, world_size, f"ended-{error.__name__}", bodies)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, asyncio.CancelledError])
 def test_subtests_when_a_rank_is_interrupted_end_on_all_ranks(error: type[BaseException], pool: RankPool) -> None:
     """An interrupt of one rank ends the loop on all; the rest is not gone through."""
     first, second = values(pool.run(_ended_by, error, timeout=60.0))
@@ -204,16 +204,20 @@ def _kept(rank: int, world_size: int, kind: str) -> Seen:
             raise BaseExceptionGroup(msg, [asyncio.CancelledError(), ValueError()])
         if kind == "xfail":
             pytest.xfail("known")
+        if rank == 1 and kind == "exit":
+            sys.exit(3)
         _sum_of_ranks()
 
     return _play(rank, world_size, f"kept-{kind}", {"a": raises, "b": _sum_of_ranks})
 
 
-@pytest.mark.parametrize(("kind", "status"), [("raises", "failed"), ("group", "failed"), ("xfail", "xfailed")])
+@pytest.mark.parametrize(
+    ("kind", "status"), [("raises", "failed"), ("group", "failed"), ("exit", "failed"), ("xfail", "xfailed")]
+)
 def test_subtests_after_an_error_that_is_no_exception_go_on_on_every_rank(
     kind: str, status: str, pool: RankPool
 ) -> None:
-    """What pytest.raises and pytest.xfail raise, and a group, are results, and are in the group at the end."""
+    """What pytest.raises and pytest.xfail raise, a group, and an exit are results, and are in the group at the end."""
     first, second = values(pool.run(_kept, kind, timeout=60.0))
 
     assert {"a": status, "b": "passed"} == _statuses(first) == _statuses(second)
@@ -224,7 +228,7 @@ def test_subtests_after_an_error_that_is_no_exception_go_on_on_every_rank(
 
 
 def _make_raises(rank: int, world_size: int, name: str) -> Seen:
-    error = {"Failed": pytest.fail.Exception, "KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[name]
+    error = {"Failed": pytest.fail.Exception, "KeyboardInterrupt": KeyboardInterrupt}[name]
 
     def make(store: dist.Store) -> None:  # noqa: ARG001  (given to all)
         if rank == 1 or name == "Failed":
@@ -250,15 +254,14 @@ def _run_three(world: Any, **options: Any) -> Seen:
     return Seen(results, end or "", [], printed.getvalue(), 0)
 
 
-@pytest.mark.parametrize("name", ["KeyboardInterrupt", "SystemExit"])
-def test_subtests_interrupted_at_an_entry_end_on_all_ranks_with_the_subtest_listed(name: str, pool: RankPool) -> None:
+def test_subtests_interrupted_at_an_entry_end_on_all_ranks_with_the_subtest_listed(pool: RankPool) -> None:
     """The rank raises its interrupt, the peer what it was told of it; both list the subtest."""
-    first, second = values(pool.run(_make_raises, name, timeout=60.0))
+    first, second = values(pool.run(_make_raises, "KeyboardInterrupt", timeout=60.0))
 
-    assert f"{name}: in make" == second.end
+    assert "KeyboardInterrupt: in make" == second.end
     assert first.end.startswith("PeerFailedError: rank 1 of 2 failed in scope 'a'"), first.end
     assert {"a": "not run"} == _statuses(first) == _statuses(second)
-    assert f"not run: 1 subtest, because rank 1, making the group: {name}: in make" in first.printed
+    assert "not run: 1 subtest, because rank 1, making the group: KeyboardInterrupt: in make" in first.printed
     assert "the loop ended with subtest 'a'" in first.printed
 
 
@@ -291,7 +294,7 @@ def test_subtests_that_every_rank_skips_at_the_entry_are_skipped(pool: RankPool)
         (Outcome("body", "KeyboardInterrupt"), True),
         (Outcome("body", type_name(asyncio.CancelledError())), True),
         (Outcome("body", type_name(pytest.exit.Exception(""))), True),
-        (Outcome("body", "ValueError", also=("cleanup 'a': SystemExit: 3",)), True),
+        (Outcome("body", "ValueError", also=("cleanup 'a': KeyboardInterrupt: 3",)), True),
         (Outcome("body", "ValueError", also=("cleanup 'a': SystemError: 3",)), False),
         (Outcome("body", "concurrent.futures._base.CancelledError"), False),
         (Outcome("body", "Failed"), False),
@@ -992,18 +995,18 @@ def _end_in(rank: int, world_size: int) -> tuple[str, str]:
             for name in "abc":
                 with subtests.test(name):
                     if name == "b" and rank == 1:
-                        sys.exit(3)
+                        _raise(KeyboardInterrupt())
     except BaseException as error:  # noqa: BLE001  (kept, and looked at by the test)
         end = type(error).__name__
     world.destroy()
     return end, printed.getvalue()
 
 
-def test_subtests_that_an_exit_ends_early_say_that_the_rest_has_not_run(pool: RankPool) -> None:
-    """SystemExit on one rank ends the loop on all; the count does not look like that of a whole loop."""
+def test_subtests_that_an_interrupt_ends_early_say_that_the_rest_has_not_run(pool: RankPool) -> None:
+    """An interrupt on one rank ends the loop on all; the count does not look like that of a whole loop."""
     (first, printed), (second, _) = values(pool.run(_end_in, timeout=60.0))
 
-    assert ("PeerFailedError", "SystemExit") == (first, second)
+    assert ("PeerFailedError", "KeyboardInterrupt") == (first, second)
     assert "the loop ended with subtest 'b': later subtests have not run, and are not counted" in printed
 
 

@@ -18,12 +18,11 @@ Status = Literal["passed", "failed", "skipped", "xfailed", "not run"]
 
 ENDS = (
     "KeyboardInterrupt",
-    "SystemExit",
     "GeneratorExit",
     "asyncio.exceptions.CancelledError",
     "_pytest.outcomes.Exit",
 )
-"""Interrupts: errors that end the loop, by name, as peers are told of them."""
+"""Interrupts: errors that end the loop, by name, as peers are told of them. A test that exits is a failed test, as in pytest."""
 
 _ENDS_LATER = re.compile(rf": ({'|'.join(map(re.escape, ENDS))})(: |$)")
 """Where a later error of a rank is one of them."""

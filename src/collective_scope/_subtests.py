@@ -61,9 +61,10 @@ class Subtests:
         ExceptionGroup: At the end of the block, on every rank, if subtests failed: what this rank raised in each.
             A BaseExceptionGroup, if not all of that are of class Exception, such as what ``pytest.fail`` raises.
 
-    A ``KeyboardInterrupt``, ``SystemExit``, ``GeneratorExit``, ``asyncio.CancelledError`` or ``pytest.exit`` on one
-    rank ends the loop on all: that rank raises it, and the others what it has made of their subtest. An interrupt
-    that comes after the barrier, or between two subtests, is not told to the peers, and ends the loop on its rank.
+    A ``KeyboardInterrupt``, ``GeneratorExit``, ``asyncio.CancelledError`` or ``pytest.exit`` on one rank ends the
+    loop on all: that rank raises it, and the others what it has made of their subtest. An interrupt that comes
+    after the barrier, or between two subtests, is not told to the peers, and ends the loop on its rank. A
+    ``SystemExit`` is a failure like any other, as in pytest and unittest.
 
     Attributes:
         results: What became of each subtest so far.
