@@ -684,7 +684,7 @@ def test_body_that_exits_waits_for_failure_timeout_at_most(name: str, run: Run) 
     assert next_1.is_ok
 
 
-# What a body does to its process
+# A body that changes its process
 
 
 def _replace_the_clock(rank: int, world_size: int, value: float | None) -> tuple[Left, Left]:  # noqa: ARG001  (given to every function of a rank)

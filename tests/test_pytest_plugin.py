@@ -598,7 +598,16 @@ def make(store):
 """
 
 _BARRIERS = """
+import os
+from pathlib import Path
+
+import pytest
 import torch.distributed as dist
+
+
+@pytest.fixture(autouse=True)
+def trace(request):
+    Path(f"{request.node.name} on {os.environ['RANK']}").touch()
 
 
 def test_first():
@@ -611,7 +620,7 @@ def test_second():
 
 
 def test_make_that_fails_on_one_rank_costs_one_test_and_is_its_only_error(tmp_path: Path) -> None:
-    """The plugins of pytest whose setup was left out have nothing to tear down."""
+    """No fixture of the test runs that is refused, and no plugin of pytest tears down what it has not set up."""
     (tmp_path / "groups_of_suite.py").write_text(_MAKE_FAILS)
     (tmp_path / "test_suite.py").write_text(_BARRIERS)
     arguments = (
@@ -629,6 +638,7 @@ def test_make_that_fails_on_one_rank_costs_one_test_and_is_its_only_error(tmp_pa
     assert re.search(r"= 1 passed, 1 error in ", run.stdout)
     assert re.search(r"^ERROR test_suite.py::test_first - rank 1: OSError: the card is busy", run.stdout, re.MULTILINE)
     assert "KeyError" not in run.stdout
+    assert ["test_second on 0", "test_second on 1"] == sorted(each.name for each in tmp_path.glob("* on *"))
 
 
 def test_make_without_a_launcher_makes_a_group_of_one(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 
 from collective_scope import RenewableGroup, RevokedInterrupt, _renewable, collective_scope, current_scope
+from collective_scope._groups import find
+from collective_scope.agreement.clock import monotonic
 from tests.carry_on import Event, defects, figures, plan, run, world_of
 from tests.ranks import RankPool, here, values
-from tests.stores import LONG_S
+from tests.stores import LONG_S, wait_until
 
 
 Run = Callable[..., list[Any]]
@@ -222,8 +224,14 @@ def _fails_before_a_long_collective_cleanup(rank: int, world_size: int) -> Any:
     ran: list[float] = []
 
     def clean_up() -> None:
-        if rank == 0:
-            time.sleep(0.5)  # longer than the grace
+        found = find(world)
+        assert found is not None
+        assert found[0].barrier is not None
+        control, until = found[0].barrier.control, monotonic() + 0.1  # the grace
+        if rank == 0:  # until its control thread has looked after that, and all the more its peer's
+            for _ in range(3):
+                looked = control.heard_at
+                assert wait_until(lambda before=looked: control.heard_at > max(before, until))
         ran.append(_sum_of_ranks())
 
     def body() -> None:
@@ -539,6 +547,27 @@ def test_world_frees_a_rank_that_waits_at_the_store_of_the_group(how: str, run_o
 
     assert ["", "DistNetworkError", ""] == [error for error, _ in freed]
     assert ["", "ValueError", ""] == [error for error, _ in failed]
+
+
+def _made_before(rank: int, world_size: int) -> tuple[str, list[str]]:
+    dist.init_process_group("gloo", store=_store("made before"), rank=rank, world_size=world_size)
+    world = RenewableGroup(store=_store("made before, again"), rank=rank, world_size=world_size)
+    try:
+        with collective_scope(world, timeout=30, failure_timeout=30):
+            pass
+    except ValueError as error:
+        return str(error), error.__notes__
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return "", []
+
+
+def test_world_that_comes_after_a_default_group_of_the_program_says_which_call_is_too_much(run_on: Run) -> None:
+    """The call that fails is in the library; the one to leave out came before the first scope."""
+    for said, notes in run_on(2, _made_before):
+        assert "initialize the default process group twice" in said
+        assert notes[0].startswith("There was a default group before the RenewableGroup came to make its own")
 
 
 def _destroyed_by_a_body_that_passes(rank: int, world_size: int) -> list[tuple[str, Any]]:

@@ -1116,6 +1116,24 @@ def test_scope_left_out_of_order_without_a_group_says_so_too() -> None:
     ]
 
 
+def test_scope_left_by_another_thread_says_what_that_means() -> None:
+    """Its peers were told nothing, and no later scope works yet: the advice for a broken order would be untrue."""
+    said: list[str] = []
+
+    def leave() -> None:
+        with pytest.raises(RuntimeError) as caught:
+            scope.__exit__(None, None, None)
+        said.append(str(caught.value))
+
+    with collective_scope(name="s") as scope:
+        thread = threading.Thread(target=leave)
+        thread.start()
+        thread.join(PATIENCE_S)
+
+    assert "Nothing of it was torn down: its own thread has to leave it." in said[0]
+    assert "later scopes work again" not in said[0]
+
+
 def test_scope_left_by_another_thread_says_so_and_can_still_be_left(calls: list[str]) -> None:
     """A scope belongs to the thread that entered it; another one is told, and changes nothing."""
     said: list[str] = []

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 import unittest
 import weakref
@@ -218,7 +217,7 @@ def _kept(rank: int, world_size: int, kind: str) -> Seen:
 def test_subtests_after_an_error_that_is_no_exception_go_on_on_every_rank(
     kind: str, status: str, pool: RankPool
 ) -> None:
-    """What pytest.raises and pytest.xfail raise, a group, and an exit are results, and are in the group at the end."""
+    """Errors of pytest.raises and pytest.xfail, a group, and an exit are results, and are in the group at the end."""
     first, second = values(pool.run(_kept, kind, timeout=60.0))
 
     assert {"a": status, "b": "passed"} == _statuses(first) == _statuses(second)
@@ -303,7 +302,7 @@ def test_subtests_that_every_rank_skips_at_the_entry_are_skipped(pool: RankPool)
     ids=["interrupt", "cancelled", "exit-of-pytest", "later", "later-error", "future", "failed"],
 )
 def test_subtest_of_which_a_peer_tells_an_interrupt_ends_the_loop(outcome: Outcome, *, ends: bool) -> None:
-    """What the verdict tells decides, whatever this rank raised."""
+    """The verdict decides, whatever this rank raised."""
     verdict = Verdict("scope", 2, (0, 1), outcomes={1: outcome})
 
     assert ends == ends_loop(ValueError(), verdict)
@@ -437,7 +436,7 @@ def test_subtests_of_which_a_body_destroys_the_group_end_with_what_failed(tmp_pa
     assert 3 == len(ET.parse(tmp_path / "junit.xml").getroot()[0])  # noqa: S314  (our own file)
 
 
-def _over_budget(rank: int, _world_size: int) -> tuple[Seen, list[str]]:
+def _over_budget(rank: int, _world_size: int) -> tuple[Seen, list[str], float]:
     ran: list[str] = []
     late = dist.PrefixStore("late", here().new_store())
 
@@ -461,7 +460,7 @@ def _over_budget(rank: int, _world_size: int) -> tuple[Seen, list[str]]:
     except ExceptionGroup as group:
         end = str(group)
     results = [(r.id, r.status, r.reason, "" if r.error is None else type(r.error).__name__) for r in subtests.results]
-    return Seen(results, end, [], printed.getvalue(), 0), ran
+    return Seen(results, end, [], printed.getvalue(), 0), ran, subtests.results[0].waited
 
 
 def test_subtests_that_have_waited_longer_than_their_budget_are_not_run() -> None:
@@ -469,11 +468,12 @@ def test_subtests_that_have_waited_longer_than_their_budget_are_not_run() -> Non
     with RankPool(2, host="parent") as pool:
         seen = values(pool.run(_over_budget, timeout=60.0))
 
-    for each, ran in seen:
+    for each, ran, waited in seen:
         assert {"a": "failed", "b": "not run", "c": "not run"} == _statuses(each), each
+        assert waited >= 1
         assert ["a"] == ran
         assert "more than budget=0 s" in each.results[1][2]
-    assert re.search(r"^waited for: rank 1 \d s$", seen[0][0].printed, re.MULTILINE)
+    assert f"waited for: rank 1 {seen[0][2]:.0f} s\n" in seen[0][0].printed
 
 
 def _go_on_with_a_dead_group(rank: int, _world_size: int) -> tuple[dict[str, str], str, list[tuple[str, bool]]]:
@@ -842,7 +842,7 @@ def test_summary_of_a_subtest_that_lost_a_rank_names_that_first() -> None:
 
 
 def test_summary_on_a_rank_that_its_peers_gave_up_on_says_where_it_was() -> None:
-    """What it raised itself came of that, and names neither rank nor line."""
+    """Its own error came of that, and names neither rank nor line."""
     place = Place(Process("node", 7), phase="in the body of scope 'scope'", frames='  File "body.py", line 12\n')
     verdict = attrs.evolve(_verdict({1: OK}, missing=(0,)), where={0: place})
     error = RuntimeError("Connection closed by peer")
@@ -915,7 +915,7 @@ def test_junit_of_subtests_of_which_none_failed_and_some_did_not_run_is_not_gree
 
 
 def test_junit_of_names_that_xml_cannot_say_can_be_read(tmp_path: Path) -> None:
-    """What XML has no way to say is left out, also of the names of a suite and of a subtest."""
+    """Characters that XML cannot hold are left out, also of the names of a suite and of a subtest."""
     write_junit([SubtestResult("a\x00b\ud800 <&>")], str(tmp_path / "junit.xml"), "suite\x1b")
 
     suite = ET.parse(tmp_path / "junit.xml").getroot()[0]  # noqa: S314  (our own file)

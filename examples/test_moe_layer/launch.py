@@ -23,12 +23,22 @@ def parallel_launch_with_config(
     pool: Pool, configs: Iterable[MoETestConfig], options: Options, report: Subtests
 ) -> None:
     """Run *configs*, each on as many ranks as it needs."""
-    size, has_used_deep_ep = 0, False
+    begun = ""
     for config in configs:
-        if config.backend == "symm_mem":
-            # NVSHMEM begins once in a process, with as many ranks as the group has then; not where DeepEP came first.
-            if size not in (0, config.world_size) or (size == 0 and has_used_deep_ep):
-                pool.restart()
-            size, has_used_deep_ep = config.world_size, False
-        has_used_deep_ep |= (config.backend or "").startswith("deep_ep")
+        needed = use_of_nvshmem(config, begun)
+        if begun and needed != begun:
+            pool.restart()
+        begun = needed
         pool.run(config.id(), _parallel_worker, config, options, ranks=config.world_size, report=report)
+
+
+def use_of_nvshmem(config: MoETestConfig, begun: str) -> str:
+    """
+    Return how NVSHMEM has begun in the ranks after *config*, which needs new ranks if it has *begun* in another way.
+
+    For symmetric memory it begins once in a process, with as many ranks as the group has then, and not where DeepEP has
+    been used before. DeepEP takes it as it is.
+    """
+    if config.backend == "symm_mem":
+        return f"symm_mem on {config.world_size} ranks"
+    return begun or (config.backend if config.backend is not None and config.backend.startswith("deep_ep") else "")

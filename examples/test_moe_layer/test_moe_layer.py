@@ -31,7 +31,7 @@ from .config import (
 )
 from .data import setup_moe_test_data
 from .eplb import rearrange_expert_weights_inplace
-from .launch import make_pool, parallel_launch_with_config
+from .launch import make_pool, parallel_launch_with_config, use_of_nvshmem
 from .layer import make_fused_moe_layer
 from .mutations import MUTATIONS
 from .quantization import SCHEMES
@@ -432,6 +432,28 @@ def test_quantization_schemes_are_those_of_the_matrix() -> None:
     """No quantization is tested under another one's name."""
     assert tuple(SCHEMES) == QUANT_METHODS
     assert len(set(SCHEMES.values())) == len(QUANT_METHODS)
+
+
+@pytest.mark.parametrize(
+    ("begun", "backend", "world_size", "after"),
+    [
+        ("", "all_to_all", 2, ""),
+        ("", "deep_ep", 2, "deep_ep"),
+        ("deep_ep", "all_to_all", 2, "deep_ep"),
+        ("deep_ep", "symm_mem", 2, "symm_mem on 2 ranks"),
+        ("", "symm_mem", 2, "symm_mem on 2 ranks"),
+        ("symm_mem on 2 ranks", "deep_ep", 2, "symm_mem on 2 ranks"),
+        ("symm_mem on 2 ranks", "symm_mem", 2, "symm_mem on 2 ranks"),
+        ("symm_mem on 2 ranks", "symm_mem", 4, "symm_mem on 4 ranks"),
+    ],
+)
+def test_symmetric_memory_takes_new_ranks_where_nvshmem_has_begun_otherwise(
+    begun: str, backend: str, world_size: int, after: str
+) -> None:
+    """New ranks are started where it changes: for another number of ranks, and after DeepEP."""
+    config = attrs.evolve(small_configs()[0], backend=backend, dp_size=world_size, tp_size=1)
+
+    assert after == use_of_nvshmem(config, begun)
 
 
 def test_backend_that_cannot_run_says_why() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import faulthandler
 import logging
+import operator
 import os
 import sys
 import threading
@@ -39,7 +40,7 @@ stderr_fd: int | None = None
 
 
 last_words: list[Callable[[], object]] = []
-"""What else is called before the process is ended, such as to say what was found so far."""
+"""Functions that are called before the process is ended, such as to print the results so far."""
 
 
 class Killer:
@@ -148,8 +149,7 @@ def end(text: str) -> None:
             calls.callback(words)
         calls.callback(lambda: os.write(_stderr(), f"\n{text}\n{stacks()}".encode(errors="replace")))
         for stream in (sys.stderr, sys.stdout):
-            if hasattr(stream, "flush"):
-                calls.callback(stream.flush)
+            calls.callback(operator.methodcaller("flush"), stream)  # there may be none, or one that is closed
 
 
 def stacks() -> str:

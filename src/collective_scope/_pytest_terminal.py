@@ -36,7 +36,6 @@ class Quiet(io.StringIO):
     """
 
     def __init__(self, stderr: int) -> None:
-        super().__init__()
         self._stderr = stderr
 
     def write(self, text: str) -> int:
@@ -46,12 +45,11 @@ class Quiet(io.StringIO):
         return len(text)
 
 
-class Terminal(logging.Handler):
+class Terminal:
     """
     What a rank says past pytest's capture.
 
-    As a filter it hears what the library logs. As a handler it is flushed by ``kill_after``, which shuts
-    logging down before it ends the process.
+    It is a filter of the library's log. ``kill_after`` has it print the failures so far before it ends the process.
 
     Args:
         config: pytest's.
@@ -78,6 +76,7 @@ class Terminal(logging.Handler):
         # pytest captures neither now nor while it loads plugins.
         self.stderr = _kill.stderr_fd = os.dup(2)
         logging.getLogger("collective_scope").addFilter(self)
+        _kill.last_words.append(self.tell_last)
         is_main = threading.current_thread() is threading.main_thread()
         if world_size > 1 and is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             self._listen_for_end()
@@ -87,13 +86,13 @@ class Terminal(logging.Handler):
         if self.stderr < 0:
             return
         logging.getLogger("collective_scope").removeFilter(self)
+        _kill.last_words.remove(self.tell_last)
         if self._wakeup >= 0:
             self._claim_wakeup(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.close(self._wakeup)
         os.close(self.stderr)
         self.stderr, self._wakeup, _kill.stderr_fd = -1, -1, None
-        self.close()
 
     def begin(self, scope: CollectiveScope) -> None:
         """Note that a phase begins."""
@@ -114,9 +113,9 @@ class Terminal(logging.Handler):
             sections = [f"--- {name}\n{text}" for name, text in report.sections]
             self.say("\n".join([f"{report.nodeid} failed ({report.when}):", report.longreprtext, *sections]))
 
-    def flush(self) -> None:
-        """Print what is known, once for all ranks: the process is about to end, unless this was left already."""
-        if self.stderr >= 0 and self.rank == 0:
+    def tell_last(self) -> None:
+        """Print the failures so far, once for all ranks: the process is about to end."""
+        if self.rank == 0:
             self.tell_failures()
 
     # Log records of the library.

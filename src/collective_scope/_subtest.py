@@ -142,8 +142,8 @@ def _is_at_plain_with(frame: FrameType) -> bool:
     """
     Whether *frame* is at a ``with`` statement whose block can be left out.
 
-    ``ExitStack.enter_context()`` and others call ``__enter__`` themselves, in a frame that has no block; and
-    what drives a generator expects it to yield.
+    ``ExitStack.enter_context()`` and others call ``__enter__`` themselves, in a frame that has no block. A
+    generator is expected to yield.
     """
     code, at = frame.f_code, frame.f_lasti
     # Up to CPython 3.13, one instruction enters; after that, the method is loaded, and called.

@@ -41,7 +41,7 @@ class SubtestResult:
         id: Its name.
         status: What became of it.
         reason: Why it was skipped, failed as expected, or did not run.
-        error: What this rank raised; the frames that it came through have lost their locals.
+        error: The error that this rank raised; the frames that it came through have lost their locals.
         verdict: What every rank did.
         began: When it began on this rank, on the monotonic clock, in seconds.
         seconds: How long it took there.

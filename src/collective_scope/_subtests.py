@@ -46,8 +46,8 @@ class Subtests:
         budget: Seconds of waiting for ranks that do not come, over all subtests; after that the rest does not run.
 
         max_failures:
-            How many subtests may fail before the rest does not run. What is raised after the barrier
-            does not count: no peer knows of it. Default: any number.
+            How many subtests may fail before the rest does not run. An error after the barrier does
+            not count: no peer knows of it. Default: any number.
 
         verbose: Whether to print a line for each subtest instead of a character.
 

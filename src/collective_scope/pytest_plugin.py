@@ -75,7 +75,7 @@ class Plugin:
 
     def pytest_report_header(self) -> str:
         """Say what the tests run on."""
-        is_plain = self._world.world_size > 1 and not isinstance(self._group, RenewableGroup)
+        is_plain = self._world.world_size > 1 and self._group is self._world  # neither make nor a group was given
         hint = "; no --collective-scope-make, so a rank that is stuck in a collective stays there" if is_plain else ""
         return f"collective_scope: {self._world.world_size} rank{'s' * (self._world.world_size > 1)}{hint}"
 

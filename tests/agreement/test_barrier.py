@@ -445,6 +445,33 @@ def test_barrier_store_that_hangs_altogether_is_bounded(rank_on: RankOn, thawed:
     assert not rank.barrier.in_step
 
 
+def test_barrier_store_that_hangs_once_a_failure_is_known_is_bounded_by_failure_timeout(
+    rank_on: RankOn, thawed: threading.Event
+) -> None:
+    """A deadline that a failure has made earlier holds also if the store keeps silent after that."""
+    store, is_hung = dist.HashStore(), threading.Event()
+    rank = rank_on(HookedStore(store, lambda *_: is_hung.is_set() and thawed.wait(PATIENCE_S)), 0, 2)
+    peer = rank_on(store, 1, 2)
+    spans: list[Any] = []
+
+    def wait() -> Verdict:
+        with rank.scope() as span:
+            spans.append(span)
+            return rank.arrive(failure_timeout=1.0)
+
+    def fail_and_hang() -> None:
+        assert wait_until(lambda: is_waiting(store, 0))
+        before = spans[0].wait.deadline
+        peer.publish(FAILED)
+        assert wait_until(lambda: spans[0].wait.deadline < before)
+        is_hung.set()
+
+    verdict, _ = at_once(wait, fail_and_hang, timeout=1.0 + GRACE_S + SOON_S + PATIENCE_S / 2)
+
+    assert "has not answered for" in verdict.reason
+    assert (1,) == verdict.missing
+
+
 @pytest.mark.parametrize("is_met", [False, True], ids=["before-they-met", "after-they-met"])
 def test_barrier_works_again_after_the_store_has_hung(rank_on: RankOn, *, is_met: bool) -> None:
     """When the store answers again, so does the barrier: also if two of the rank's threads come to join by then."""

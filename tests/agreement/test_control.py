@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from collective_scope.agreement import control, process, watch
-from collective_scope.agreement.control import ENDED
+from collective_scope.agreement.control import ENDED, WAITING_S
 from collective_scope.agreement.peers import NEWS
 from collective_scope.agreement.process import Process, me
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
+from collective_scope.agreement.wait import GRACE_S, Wait
 from tests.agreement.conftest import Other
 from tests.stores import (
     LONG_S,
@@ -46,6 +49,17 @@ BEATS = f"collective_scope/beat/{ELSEWHERE.key}"
 
 
 # Questions and answers
+
+
+def test_pause_of_a_control_thread_in_a_large_group_is_no_silence_of_the_store(rank_on: RankOn) -> None:
+    """It looks less often the larger the group is, and more often than a store may be silent that works."""
+    rank = rank_on(dist.HashStore(), 0, 100_000)
+    with rank.scope() as span:
+        span.wait = Wait(rank.record(), 0.0, math.inf, math.inf, None, SimpleQueue())
+
+        assert WAITING_S < rank.control._pause() < GRACE_S  # noqa: SLF001  (nothing else shows it without a delay)
+
+        span.wait.over = True
 
 
 def test_question_is_answered_with_the_place_of_the_rank(rank_on: RankOn) -> None:

@@ -275,7 +275,10 @@ def test_judge_ranks_at_scopes_of_one_name_are_told_apart_by_their_numbers(
     mine: str, other: str, names: dict[int, str]
 ) -> None:
     """A mismatch whose names are all the same would contradict itself."""
-    assert names == judge({0: _at(mine), 1: _at(other)}, _at(mine), 2).names
+    verdict = judge({0: _at(mine), 1: _at(other)}, _at(mine), 3)
+
+    assert names == verdict.names
+    assert ((0,), (1, 2), False) == (verdict.arrived, verdict.missing, verdict.complete)
 
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["waits-there", "is-on-its-way"])

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from collective_scope.agreement import watch
 from collective_scope.agreement.clock import warning_times
+from collective_scope.agreement.locate import ANSWER_S
 from collective_scope.agreement.process import Process
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
 from collective_scope.agreement.revocation import Revocation
@@ -128,6 +130,43 @@ def test_ranks_that_are_given_up_on_are_freed_although_the_verdict_is_taken_at_o
     assert (1,) == verdict.missing
     revoked = f"revoked {rank.part.life} 0 scope".encode()
     assert wait_until(lambda: any(base.get(key) == revoked for key in base.list_keys() if "/news/" in key))
+
+
+def test_rank_that_gives_up_and_is_on_its_way_out_is_not_at_work(rank_on: RankOn) -> None:
+    """An abort of NCCL by a rank that has come frees memory that a kernel of the missing one may be reading."""
+    rank = rank_on(dist.HashStore(), 0, 2)
+    world = World(int, grace=LONG_S)
+
+    with rank.scope() as span:
+        span.revocation = Revocation(world, span.thread, RevokedInterrupt, lambda _: None)
+        assert (1,) == rank.arrive(timeout=0.1).missing
+        assert wait_until(lambda: bool(world.revoked))
+
+    assert [False] == world.revoked
+
+
+def test_rank_that_gives_up_says_where_all_are_that_have_answered(
+    rank_on: RankOn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large group, few records are read at each look: all of them are before the verdict is written."""
+    monkeypatch.setattr(watch, "READ_AT_ONCE", 0)
+    store = dist.HashStore()
+    rank, late = rank_on(store, 0, 2), rank_on(store, 1, 2)
+
+    def give_up() -> Verdict:
+        try:
+            return rank.arrive(timeout=3 * ANSWER_S)
+        finally:
+            is_over.set()
+
+    def be_late() -> None:
+        with late.scope():
+            assert is_over.wait(PATIENCE_S)
+
+    is_over = threading.Event()
+    verdict, _ = at_once(give_up, be_late)
+
+    assert "in the body of scope 'scope'" == verdict.where[1].phase
 
 
 @pytest.mark.parametrize("meets_at_entry", [False, True])

@@ -10,6 +10,7 @@ The table of what threads share is in ``wait``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -138,9 +139,10 @@ class Part(Peers):
         wait.replies.put(verdict)  # only now: see the end of decide()
 
     def remove_spent(self, store: Store) -> None:
-        """Remove keys that nobody reads any more, on the control thread, so that no rank waits for that."""
-        while self.spent:
-            store.delete_key(self.spent.popleft())
+        """Remove keys that nobody reads any more: on the control thread, so that no rank waits for it, or to leave."""
+        with contextlib.suppress(IndexError):  # both threads may be at it, so the last key is not there to look at
+            while True:
+                store.delete_key(self.spent.popleft())
 
     def _is_anybody_back(self, earlier: Verdict, missed: Record, store: Store) -> bool:
         """Whether a rank that the *earlier* entry lacked has come at least to the first round that was *missed*."""
@@ -190,7 +192,7 @@ class Part(Peers):
         Write the verdict of a round from what is known now.
 
         Returns:
-            What stands then; empty if there was a verdict before, or nobody waits for one any more.
+            The verdict that stands then; empty if there was one before, or nobody waits for one any more.
         """
         key = self.key(wait.record.round)
         over = [f"{self.key(path)}/exit/v" for path in scopes_around(wait.record.scope)]

@@ -41,7 +41,7 @@ class Renewal(Protocol):
     Attributes:
         grace: Seconds from a failure until it is revoked, if not all ranks have come.
         is_due: Whether the next scope has to make it.
-        value: What was made; None before.
+        value: The result of making it; None before.
         interrupts_first: Whether a body is interrupted before the group is revoked.
     """
 
