@@ -219,6 +219,23 @@ def _make_fails_at_its_end(rank: int, world_size: int) -> Any:
     return seen, len(attempts)
 
 
+def _make_enters_a_scope(rank: int, world_size: int) -> Any:
+    def make(store: dist.Store) -> None:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        if not refused:
+            with pytest.raises(RuntimeError) as refusal, collective_scope(world, name="inner"):
+                pass
+            refused.append(str(refusal.value))
+        with collective_scope(name="on the new one"):
+            _sum_of_ranks()
+
+    refused: list[str] = []
+    world = RenewableGroup(make, store=_store("enters a scope"), rank=rank, world_size=world_size)
+    seen = _in_scopes(world, [_sum_of_ranks, _sum_of_ranks])
+    world.destroy()
+    return seen, refused
+
+
 def _fails_before_a_long_collective_cleanup(rank: int, world_size: int) -> Any:
     world = RenewableGroup(store=_store("long cleanup"), rank=rank, world_size=world_size, grace=0.1)
     ran: list[float] = []
@@ -283,6 +300,13 @@ def test_world_whose_make_fails_on_one_rank_after_its_part_is_made_again_on_all(
         assert seen[0][0] in ("MemoryError", "PeerFailedError")
         assert ("", 1.0) == tuple(seen[1])
         assert 2 == attempts
+
+
+def test_world_whose_make_enters_a_scope_on_it_is_refused_that_at_once(run_on: Run) -> None:
+    """It would have to be made for that scope. A scope on what has been made so far is as good as anywhere."""
+    for seen, refused in run_on(2, _make_enters_a_scope):
+        assert ["scope 'inner' cannot be entered on a group that is being made, for scope 'scope-0'"] == refused
+        assert [("", 1.0), ("", 1.0)] == [tuple(each) for each in seen]
 
 
 def test_world_runs_collective_cleanups_of_any_length_after_a_failure_to_which_all_came(run_on: Run) -> None:

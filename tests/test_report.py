@@ -500,19 +500,21 @@ def test_late_ranks_are_told_in_full_once_and_then_in_few_words() -> None:
     """The first warning has places and stacks; the next says that nothing has changed, and a later one what has."""
     said: dict[int, str] = {}
     facts = _verdict(3, outcomes={0: OK}, missing=(1, 2), where={1: _place(), 2: _place()})
-    first, second = (_report.late("waiting", facts, 0, seconds, said).splitlines() for seconds in (10.2, 30.2))
     moved = attrs.evolve(facts, where={1: _place(), 2: _place("outside of any scope", "")})
-    third = _report.late("waiting", moved, 0, 60.2, said).splitlines()
+    first, second, third = (
+        _report.late(attrs.evolve(facts, timeout=seconds), 0, 300 - seconds, said).splitlines()
+        for facts, seconds in ((facts, 10.2), (facts, 30.2), (moved, 60.2))
+    )
 
-    assert "rank 0 has waited 10.2 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 missing" == first[0]
+    assert "rank 0 has waited 10.2 of 300.0 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 missing" == first[0]
     assert "  arrived:  0 (ok)" == first[1]
     assert 2 == "\n".join(first).count("dist.all_reduce(x)")
     assert second == [
-        "rank 0 has waited 30.2 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 still missing",
+        "rank 0 has waited 30.2 of 300.0 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 still missing",
         "  ranks 1 and 2: still where they were",
     ]
     assert third == [
-        "rank 0 has waited 60.2 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 still missing",
+        "rank 0 has waited 60.2 of 300.0 s at the exit of scope 'ep4'; ranks 1 and 2 of 3 still missing",
         "  missing:  2  host pid 7, outside of any scope for 10.0 s (sleeping)",
         "  rank 1: still where it was",
     ]
@@ -520,9 +522,9 @@ def test_late_ranks_are_told_in_full_once_and_then_in_few_words() -> None:
 
 def test_late_while_all_work_says_that_no_rank_has_come_and_where_all_are() -> None:
     """When every rank is stuck in its body, the one that speaks lists itself among the others."""
-    facts = _verdict(2, arrived=(), missing=(0, 1), where={0: _place(frames=""), 1: _place(frames="")})
+    facts = _verdict(2, arrived=(), missing=(0, 1), timeout=10.0, where=dict.fromkeys((0, 1), _place(frames="")))
 
-    assert _report.late("working", facts, 0, 10.0, {}).splitlines() == [
+    assert _report.late(facts, 0, None, {}).splitlines() == [
         "no rank of 2 has come to the exit of scope 'ep4' for 10.0 s",
         "  where:    0  host pid 7, in the body of scope 'ep4' for 10.0 s (sleeping)",
         "            1  host pid 7, in the body of scope 'ep4' for 10.0 s (sleeping)",
@@ -538,15 +540,15 @@ def test_late_while_all_work_in_different_scopes_says_so() -> None:
     within = attrs.evolve(facts, where={0: where[0], 1: where[1]})
 
     apart = f"  The ranks are in different scopes. {_report.MISMATCH_ADVICE}"
-    assert _report.late("working", facts, 0, 10.0, {}).endswith(apart)
-    assert "different scopes" not in _report.late("working", within, 0, 10.0, {})
+    assert _report.late(facts, 0, None, {}).endswith(apart)
+    assert "different scopes" not in _report.late(within, 0, None, {})
 
 
 def test_gone_rank_is_told_to_one_in_its_body_with_what_became_of_it() -> None:
     """A process that vanished is told with its end, to a rank that does not wait for it yet."""
-    facts = _verdict(2, lost=(1,), where={1: Place(_HERE, "exited (killed by SIGKILL)")})
+    facts = _verdict(2, lost=(1,), timeout=2.5, where={1: Place(_HERE, "exited (killed by SIGKILL)")})
 
-    assert _report.gone(facts, 0, 2.5).splitlines() == [
+    assert _report.gone(facts, 0).splitlines() == [
         "rank 1 of 2 lost while rank 0 has been in scope 'ep4' for 2.5 s",
         "  lost:     1  host pid 7, exited (killed by SIGKILL)",
     ]

@@ -680,6 +680,7 @@ def test_scope_times_come_from_argument_or_environment_or_default(
         pytest.param(-1.5, ValueError, "must be positive and finite (got -1.5)", id="negative"),
         pytest.param(float("inf"), ValueError, "must be positive and finite (got inf)", id="infinite"),
         pytest.param(float("nan"), ValueError, "must be positive and finite (got nan)", id="nan"),
+        pytest.param(10**400, ValueError, "must be positive and finite (got 1000", id="no-float"),
         pytest.param(timedelta(0), ValueError, "must be positive and finite", id="zero-delta"),
         pytest.param("soon", TypeError, "must be seconds as a number, or a timedelta (got 'soon')", id="text"),
         pytest.param("60", TypeError, "must be seconds as a number, or a timedelta (got '60')", id="digits"),

@@ -186,7 +186,7 @@ def _seconds(parameter: str, value: Seconds | None, default: float) -> float:
     if not isinstance(given, Real) or isinstance(given, bool):
         msg = f"{source} must be seconds as a number, or a timedelta (got {value!r})"
         raise TypeError(msg)
-    if not 0 < float(given) < math.inf:
+    if not 0 < given <= sys.float_info.max:  # an integer may be greater
         msg = f"{source} must be positive and finite (got {given if value is None else value!r})"
         raise ValueError(msg)
     return float(given)

@@ -76,6 +76,10 @@ class Entry(Teardown):
                 " of the same group; a rank is one thread at a time"
             )
             raise RuntimeError(msg)
+        if around is not None and around._stage == "entry 2":  # noqa: SLF001  (a scope too)
+            self._membership = None
+            msg = f"scope {self.name!r} cannot be entered on a group that is being made, for scope {around.name!r}"
+            raise RuntimeError(msg)
         barrier = membership.barrier
         if around is None and barrier is not None:
             self._path = path_of("", barrier.entered, self.name, barrier.late)

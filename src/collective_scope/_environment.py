@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def check_arguments(
         if value is not None and not isinstance(value, kind):
             msg = f"{name} must be {what} (got {value!r})"
             raise TypeError(msg)
-    if not isinstance(grace, Real) or not 0 <= float(grace) < float("inf"):
+    if not isinstance(grace, Real) or not 0 <= cast("float", grace) <= sys.float_info.max:
         msg = f"grace must be seconds, at least 0 and finite (got {grace!r})"
         raise ValueError(msg)
 

@@ -114,37 +114,35 @@ def cleanups_differ(verdict: Verdict) -> str:
     return "\n".join([f"{head}; {ran}", *_grouped(lists)])
 
 
-def late(what: str, verdict: Verdict, rank: int, seconds: float, said: dict[int, str]) -> str:
+def late(verdict: Verdict, rank: int, left: float | None, said: dict[int, str]) -> str:
     """
     Say, while there is still time, which ranks are late, and where they are.
 
     Args:
-        what: ``"waiting"`` if this rank waits for them, ``"working"`` if no rank has come to the barrier.
         verdict: The facts so far.
         rank: The rank that speaks.
-        seconds: For how long it has lasted.
+        left: For how many seconds it waits for them yet; None if no rank has come to the barrier.
         said: What was said of each rank before; updated. A rank that is where it was gets a few words.
     """
-    ranks = sorted({*verdict.missing, rank}) if what == "working" else list(verdict.missing)
-    if what == "working":
-        head = f"no rank of {verdict.world_size} has come to the exit of scope {verdict.scope!r} for {seconds:.1f} s"
+    ranks = sorted({*verdict.missing, rank}) if left is None else list(verdict.missing)
+    since = verdict.timeout
+    if left is None:
+        head = f"no rank of {verdict.world_size} has come to the exit of scope {verdict.scope!r} for {since:.1f} s"
     else:
         who = f"{_ranks(verdict, ranks)} of {verdict.world_size}" if ranks else "nobody"
         is_news = any(rank not in said for rank in ranks)
         still = "" if is_news else "still "
-        head = f"rank {rank} has waited {seconds:.1f} s{_at(verdict)}; {who} {still}missing"
+        head = f"rank {rank} has waited {since:.1f} of {since + left:.1f} s{_at(verdict)}; {who} {still}missing"
     texts = {each: _key(verdict.where[each]) for each in ranks if each in verdict.where}
     same = {each for each, text in texts.items() if said.get(each) == text}
     said |= dict.fromkeys(ranks, "") | texts
     lines = [head]
     if not same:
         lines += _outcomes(verdict)
-    lines += _places(
-        verdict, [each for each in ranks if each not in same], "where:  " if what == "working" else "missing:"
-    )
+    lines += _places(verdict, [each for each in ranks if each not in same], "where:  " if left is None else "missing:")
     if same:
         lines.append(f"  {_ranks(verdict, sorted(same))}: still where {'it was' if len(same) == 1 else 'they were'}")
-    if what == "working" and not same and _are_apart(rank, verdict.where):
+    if left is None and not same and _are_apart(rank, verdict.where):
         lines.append(f"  The ranks are in different scopes. {MISMATCH_ADVICE}")
     return "\n".join(lines)
 
@@ -156,12 +154,11 @@ def _are_apart(rank: int, where: Mapping[int, Place]) -> bool:
     return bool(mine) and any(not is_around(mine, each) and not is_around(each, mine) for each in others)
 
 
-def gone(verdict: Verdict, rank: int, seconds: float) -> str:
+def gone(verdict: Verdict, rank: int) -> str:
     """Say, to a rank that is in its body, which of its peers are gone."""
     who = _ranks(verdict, verdict.lost)
-    head = (
-        f"{who} of {verdict.world_size} lost while rank {rank} has been in scope {verdict.scope!r} for {seconds:.1f} s"
-    )
+    place = f"in scope {verdict.scope!r} for {verdict.timeout:.1f} s"
+    head = f"{who} of {verdict.world_size} lost while rank {rank} has been {place}"
     return "\n".join([head, *_places(verdict, verdict.lost, "lost:   ")])
 
 

@@ -30,12 +30,12 @@ class Speaker:
     rank: int
     _said: dict[int, str] = attrs.field(factory=dict, init=False)
 
-    def __call__(self, what: str, verdict: Verdict, seconds: float) -> None:
+    def __call__(self, what: str, verdict: Verdict, left: float | None) -> None:
         """Say it; see `agreement.watch.Speak`."""
         if what == "lost":
-            text = _report.gone(verdict, self.rank, seconds)
+            text = _report.gone(verdict, self.rank)
         else:
-            text = _report.late(what, verdict, self.rank, seconds, self._said)
+            text = _report.late(verdict, self.rank, left, self._said)
         try:
             logger.warning("%s", text, extra={"rank": self.rank, "scope": self.scope, "phase": what})
         except BaseException as broken:  # of a handler: it must not end the thread that looks after all scopes

@@ -44,8 +44,8 @@ class Desk(Protocol):
 
 What = Literal["waiting", "working", "lost"]
 
-Speak = Callable[[What, Verdict, float], object]
-"""Given what there is to say, the facts so far, and the seconds since it began."""
+Speak = Callable[[What, Verdict, float | None], object]
+"""Given what there is to say, the facts so far, and the seconds until this rank's wait ends; None if it is at work."""
 
 
 @attrs.define(eq=False)
@@ -273,7 +273,7 @@ class Span:
         """Say at once which ranks are gone. A rank that waits is told by the verdict."""
         if ranks and self.is_idle and self.warn_after is not None:
             self._mourned |= ranks
-            self.speak("lost", self._facts(now, None, ranks, self._locator.where(now, ranks)), now - self.since)
+            self.speak("lost", self._facts(now, None, ranks, self._locator.where(now, ranks)), None)
 
     def _warn(self, store: Store, now: float, wait: Wait | None) -> None:
         """Say which ranks are late and where they are: each rank that waits, or one for all that are at work."""
@@ -285,8 +285,8 @@ class Span:
         where = self._locator.where(now, self._missing(wait))
         if wait is None:
             where[self.part.rank] = self.control.place(self)
-        facts = self._facts(now, wait, self.part.lost, where)
-        self.speak("working" if wait is None else "waiting", facts, now - self.since)
+        left = None if wait is None else max(0.0, wait.deadline - now)
+        self.speak("working" if wait is None else "waiting", self._facts(now, wait, self.part.lost, where), left)
 
     def _speaks_for_all(self, store: Store) -> bool:
         """Whether no rank has come to the end of the body, and this is the lowest of those that are alive and in it."""
