@@ -22,12 +22,12 @@ from . import _notes
 from ._environment import check_arguments, make_default_group, store_of_launcher
 from ._torch import (
     abort_nccl,
+    accelerator,
     all_groups,
     connect_nccl,
     destroy_group,
     forget_unfinished_groups,
     groups_so_far,
-    has_accelerator,
     is_nccl,
     synchronize_accelerator,
     within,
@@ -168,7 +168,7 @@ class RenewableGroup:
             earlier = self._take_down()
             self._attempts += 1
             self._is_revoked = False
-            if has_accelerator():
+            if accelerator() is not None:
                 synchronize_accelerator()  # raises if the device is not usable any more
             self._known = weakref.WeakSet(all_groups())
             self._connections = Connections(self._port)

@@ -92,7 +92,7 @@ class Teardown(Arrival):
         steps += [self._leave_together, self._look_at_group]
         if self._options.lockstep_gc:
             steps.append(self._collect)
-        if self._options.synchronize and _torch.has_accelerator():
+        if self._options.synchronize and _torch.accelerator() is not None:
             steps.append(self._synchronize)
         if self._in_flight is not None:
             steps.append(self._note_body)

@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -60,16 +60,16 @@ def has_appeared(trace: object) -> bool:
 
 
 @functools.cache
-def has_accelerator() -> bool:
-    """Whether this machine has an accelerator that torch can use."""
-    return torch.accelerator.current_accelerator() is not None
+def accelerator() -> Any:
+    """Return torch's module of this machine's accelerator, such as ``torch.cuda``; None if torch can use none."""
+    device = torch.accelerator.current_accelerator()
+    return None if device is None else torch.get_device_module(device)
 
 
 def synchronize_accelerator() -> None:
-    """Wait for the work that this process has given its accelerator, if it uses one."""
-    device = torch.accelerator.current_accelerator()
+    """Wait for the work that this process has given its accelerator, if it uses one; there is one."""
     # A process that has not touched its accelerator shall not create a context on it now.
-    is_initialized = getattr(torch.get_device_module(device), "is_initialized", None)
+    is_initialized = getattr(accelerator(), "is_initialized", None)
     if is_initialized is None or is_initialized():
         torch.accelerator.synchronize()
 

@@ -443,6 +443,10 @@ class Actor:
         if self.mechanism == "scope" and not self.fault.first:
             with collective_scope(name="before", timeout=_FIRST_S):
                 pass
+            # The store may be killed next: not before all have read the verdict.
+            here().announce(f"before-{self.rank}")
+            for rank in range(self.world_size):
+                here().wait_for(f"before-{rank}")
         self._go_through("fault", self._patience(self.fault.timeout), lambda: self.fault.act(self))
         if self.mechanism == "scope":
             self._go_on()
