@@ -24,7 +24,9 @@ def write_shards(rank: int, shards: int) -> None:
     path = Path(store.get("folder").decode())
     if rank == 0:
         current_scope().after_barrier(shutil.rmtree, path)
-        current_scope().after_barrier(print, f"{shards} shards, folder still there: {path.exists()}", flush=True)
+        current_scope().after_barrier(
+            lambda: print(f"{shards} shards, folder still there: {path.exists()}", flush=True)
+        )
     for shard in range(rank, shards, dist.get_world_size()):
         (path / f"{shard}.txt").write_text(f"written by rank {rank}")
 

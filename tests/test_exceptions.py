@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,7 @@ def test_exception_module_is_the_package(cls: type[CollectiveScopeError]) -> Non
 @_each_class
 def test_exception_docstring_says_when_it_is_raised(cls: type[CollectiveScopeError]) -> None:
     """Each class says in its first words when it is raised, and is in the tree at the top of the module."""
-    assert (cls.__doc__ or "").startswith("Raised ")
+    assert (inspect.getdoc(cls) or "").startswith("Raised ")
     assert f"  + {cls.__name__} " in (exceptions.__doc__ or "")
 
 

@@ -282,6 +282,26 @@ def test_world_that_is_revoked_calls_what_make_has_registered_once_on_each_rank(
         assert [(1, False), (2, False)] == [tuple(call) for call in calls]
 
 
+def test_world_that_is_revoked_takes_every_step_though_what_make_has_registered_raises() -> None:
+    """Each communicator is made to fail, whatever the function of another one raises; the first error comes out."""
+    calls: list[str] = []
+
+    def fails() -> None:
+        calls.append("fails")
+        msg = "closed before"
+        raise OSError(msg)
+
+    def make(_: dist.Store) -> None:
+        world.on_revoke(fails)
+        world.on_revoke(lambda: calls.append("next"))
+
+    world = RenewableGroup(make, store=dist.HashStore(), rank=0, world_size=1, destroy=calls.clear)
+    with collective_scope(world), pytest.raises(OSError, match=r"^closed before$"):
+        world.revoke(is_at_work=True)
+
+    assert ["fails", "next"] == calls
+
+
 def test_world_whose_make_fails_on_one_rank_is_tried_again_at_the_next_scope(run_on: Run) -> None:
     """All ranks refuse the body and say why, also those that were waiting for the failed one; the next scope works."""
     results = run_on(2, _make_fails_once)
@@ -469,9 +489,9 @@ def test_renewable_group_arguments_that_make_no_sense_are_refused(monkeypatch: p
         RenewableGroup()
     with pytest.raises(ValueError, match=r"^rank must be at least 0 and less than world_size \(got 2 of 2\)$"):
         RenewableGroup(store=store, rank=2, world_size=2)
-    with pytest.raises(ValueError, match=r"^grace must be seconds, at least 0 and finite \(got -1\)$"):
+    with pytest.raises(ValueError, match=r"^grace must be at least 0 and finite \(got -1\)$"):
         RenewableGroup(store=store, rank=0, world_size=2, grace=-1)
-    with pytest.raises(TypeError, match=r"^grace must be seconds as a number \(got '1'\)$"):
+    with pytest.raises(TypeError, match=r"^grace must be seconds as a number, or a timedelta \(got '1'\)$"):
         RenewableGroup(store=store, rank=0, world_size=2, grace="1")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(TypeError, match=r"^make must be callable \(got 3\)$"):
         RenewableGroup(3, store=store, rank=0, world_size=2)  # type: ignore[arg-type]  # wrong on purpose

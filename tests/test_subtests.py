@@ -698,6 +698,17 @@ def test_subtests_skip_and_xfail_end_the_body() -> None:
     assert [("skipped", "no device"), ("xfailed", "known")] == [(r.status, r.reason) for r in subtests.results]
 
 
+def test_subtest_skipped_for_a_reason_that_reads_like_a_dead_group_lets_the_next_one_run() -> None:
+    """A closed connection is what a skip speaks of, not what became of the group."""
+    with Subtests(file=io.StringIO()) as subtests:
+        with subtests.test("a"):
+            subtests.skip("Connection closed by peer")
+        with subtests.test("b"):
+            pass
+
+    assert ["skipped", "passed"] == [result.status for result in subtests.results]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -712,6 +723,9 @@ def test_subtests_skip_and_xfail_end_the_body() -> None:
             r"rerun must be a text in which \{id\} is the only field \(got 'run \{x\} \{id\}'\)",
         ),
         ({"rerun": "awk '{print}"}, "rerun must be a text in which"),
+        ({"timeout": -1}, r"timeout must be positive and finite \(got -1\)"),
+        ({"patience": 1}, "unexpected keyword argument 'patience'"),
+        ({"name": "x"}, "multiple values for keyword argument 'name'"),
         ({"rerun": "run {"}, "rerun must be a text in which"),
         ({"rerun": "run {}"}, "rerun must be a text in which"),
     ],
@@ -724,6 +738,9 @@ def test_subtests_skip_and_xfail_end_the_body() -> None:
         "max_failures",
         "two-fields",
         "braces",
+        "of-a-scope",
+        "unknown",
+        "given-already",
         "half-a-field",
         "no-name",
     ],

@@ -44,7 +44,7 @@ from .exceptions import (
 #   _scope, _entry             the life of a scope: with, decorator; what the entry does
 #   _teardown, _arrival        the steps of the exit; the rounds among them
 #   _registry, _failures       what a body registers; what went wrong here, and what surfaces
-#   _speaker, _report, _notes  what is said in the log while ranks are late; every sentence that a user reads
+#   _speaker, _report, _notes  what is said in the log while ranks are late; of several ranks; of one
 #   _groups, _membership       what may be passed as group; this rank's membership in it, which lasts
 #   _torch, _mpi, _environment    all that is asked of torch, of mpi4py, and of a launcher
 #   _kill, _cleanups           the end of a process that is stuck; the stack of cleanups

@@ -30,12 +30,10 @@ REPEATS = 100
 TIMEOUT_S = 30.0
 
 NCCL_SETTINGS = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": ("0", "else NCCL's watchdog may end a process before its group is revoked"),
-    "TORCH_NCCL_ENABLE_MONITORING": ("0", "else its monitor may end a process while a communicator is aborted"),
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": ("0", "else it writes its flight recorder at each abort"),
-    "TORCH_NCCL_BLOCKING_WAIT": ("0", "1 keeps the rank's thread in a wait that is not interrupted"),
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": ("3", "else NCCL's watchdog ends the process at the group's own timeout"),
+    "TORCH_NCCL_BLOCKING_WAIT": ("0", "else a rank's thread stays in a wait that is not interrupted"),
 }
-"""For each variable, the setting that suits a group that is revoked, and why."""
+"""For each variable of which 0 suits a group that is revoked: its default, and why."""
 
 
 def main(arguments: list[str]) -> int:
@@ -85,9 +83,9 @@ def check() -> bool:
     if torch.cuda.is_available() and dist.is_nccl_available():
         version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch has no types there
         print_once(f"GPUs         {torch.cuda.device_count()}, NCCL {version}")
-        for name, (wanted, why) in NCCL_SETTINGS.items():
-            if os.environ.get(name) != wanted:
-                print_once(f"NCCL         {name}={wanted} for a RenewableGroup ({why})")
+        for name, (default, why) in NCCL_SETTINGS.items():
+            if os.environ.get(name, default) != "0":
+                print_once(f"NCCL         {name}=0 for a RenewableGroup ({why})")
     print_once("not well" if broken else "all well")
     return not broken
 

@@ -6,17 +6,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from datetime import timedelta
-from numbers import Real
 from typing import Any
 
 from ._arrival import Options
+from ._environment import Seconds, seconds_of
 from ._groups import GroupLike
 from ._scope import CollectiveScope
 from .agreement.rounds import cap
 
-
-Seconds = float | timedelta
 
 TIMEOUT_S = 300.0
 FAILURE_TIMEOUT_S = 30.0
@@ -49,7 +46,7 @@ def collective_scope(
     3. arrives at the barrier and waits, at most *timeout*, for the verdict of all ranks,
     4. runs the rest of its cleanups, last registered first, the collective ones in lockstep and only if
        all ranks agreed on them, and arrives again; without a collective cleanup, 3 was the end of it,
-    5. runs what was registered with `CollectiveScope.after_barrier`, if no rank is missing,
+    5. runs what was registered with `CollectiveScope.after_barrier`, if no rank is missing; its errors are this rank's alone,
     6. returns if every rank arrived and none failed; otherwise raises, like every other rank.
 
     Collective:
@@ -80,11 +77,11 @@ def collective_scope(
         failure_timeout:
             Longest wait from the moment at which this rank knows that a rank
             failed, itself included; and at an entry, where *timeout* is the
-            limit if it is shorter. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
+            limit if it is shorter, but not while a `RenewableGroup` is made. Default: ``COLLECTIVE_SCOPE_FAILURE_TIMEOUT``, or 30.
 
         warn_after:
             When the log first says which ranks are late and where they are, in
-            seconds; then at 3, 6 and 12 times that, and again every 12 times.
+            seconds; then at 3, 6, 12, 24, 36, ... times that.
             At the barrier, each rank that waits says it; while all ranks are in
             their bodies or cleanups, the lowest one says it for all. None
             switches it off. Default: ``COLLECTIVE_SCOPE_WARN_AFTER``, or 10.
@@ -115,7 +112,7 @@ def collective_scope(
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If a time is not positive and finite.
+        ValueError: If a time is not positive and finite, or the environment's is no number.
 
     Entering or leaving the scope raises:
 
@@ -125,7 +122,10 @@ def collective_scope(
       `ScopeMismatchError` or `CleanupMismatchError`;
     * ``RuntimeError`` if the scope is used against the rules: entered twice, or
       while another thread of the process is in a scope of the same group, or
-      left out of order or by another thread.
+      left out of order or by another thread, or entered by *make* on the group that this makes;
+    * ``TypeError`` if *group* is none of what is accepted, or has peers and no store that can be
+      cloned; ``ValueError`` if it is a mesh of several dimensions, or was destroyed;
+    * what the *make* of a `RenewableGroup` raised, on the rank on which it did.
 
     Whatever else went wrong is attached to it, as notes and as the attribute
     ``collective_scope_errors``. A ``KeyboardInterrupt`` or ``SystemExit`` that
@@ -172,7 +172,6 @@ def collective_scope(
 
 def _seconds(parameter: str, value: Seconds | None, default: float) -> float:
     """Return a time in seconds: the argument, or the environment's, or the default."""
-    source, given = parameter, value.total_seconds() if isinstance(value, timedelta) else value
     if value is None:
         source = f"COLLECTIVE_SCOPE_{parameter.upper()}"
         text = os.environ.get(source)
@@ -183,10 +182,5 @@ def _seconds(parameter: str, value: Seconds | None, default: float) -> float:
         except ValueError:
             msg = f"{source} must be seconds as a number (got {text!r})"
             raise ValueError(msg) from None
-    if not isinstance(given, Real) or isinstance(given, bool):
-        msg = f"{source} must be seconds as a number, or a timedelta (got {value!r})"
-        raise TypeError(msg)
-    if not 0 < given <= sys.float_info.max:  # an integer may be greater
-        msg = f"{source} must be positive and finite (got {given if value is None else value!r})"
-        raise ValueError(msg)
-    return float(given)
+        return seconds_of(source, given)
+    return seconds_of(parameter, value)

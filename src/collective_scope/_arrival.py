@@ -74,7 +74,7 @@ class Arrival(Registry):
     _span: Span | None = attrs.field(default=None, init=False)
     _killer: Killer | None = attrs.field(default=None, init=False)
     _stage: str = attrs.field(default="exit", init=False)
-    """Its name."""
+    """The round that comes next: ``"entry 2"``, ``"exit"``, ``"exit 2"``, ..."""
     _wait: Wait | None = attrs.field(default=None, init=False)
     """Its latest wait at a barrier."""
 
@@ -110,7 +110,7 @@ class Arrival(Registry):
         self._wait, stage, span = wait, wait.record.stage, self._span
         if span is not None:
             span.stage, span.wait = stage, wait
-            span.enter(f"at the {'entry' if stage == 'entry' else 'barrier'} of")
+            span.enter(f"at the {'entry' if stage.startswith('entry') else 'barrier'} of")
 
     def _record(self, stage: str, listed: tuple[Listed, ...] = ()) -> Record:
         return Record(self._path or f"0 {self.name}", stage, True, self._failures.outcome, listed)  # noqa: FBT003  (the third field of a record)
@@ -169,7 +169,7 @@ class Arrival(Registry):
         return since
 
     def _note_whose_group_it_is(self, membership: Membership, verdict: Verdict) -> None:
-        """Say of errors on groups that are gone which scope has cost them, and of a group made twice who has made it."""
+        """Note which scope has cost a group that is gone, and for a group made twice, which call made it first."""
         is_here = verdict.revoked or not verdict.complete
         for phase, error in self._failures.raised if membership.renewal is not None else ():
             message = message_of(error) if _is_a(error, "RuntimeError", "ValueError") else ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,15 +17,35 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A launcher sets these for every rank."""
 
 
-def check_arguments(
-    *, make: object, store: object, rank: object, world_size: object, destroy: object, grace: object
-) -> None:
+Seconds = float | timedelta
+
+
+def seconds_of(name: str, value: object, *, may_be_zero: bool = False) -> float:
+    """
+    Return a time in seconds, which was given as *name*.
+
+    Raises:
+        TypeError: If it is neither a number nor a timedelta.
+        ValueError: If it is not positive, or not finite; 0 is accepted if *may_be_zero*.
+    """
+    given = value.total_seconds() if isinstance(value, timedelta) else value
+    if not isinstance(given, Real) or isinstance(given, bool):
+        msg = f"{name} must be seconds as a number, or a timedelta (got {value!r})"
+        raise TypeError(msg)
+    number: Any = given
+    if not 0 <= number <= sys.float_info.max or (number == 0 and not may_be_zero):  # an integer may be greater
+        msg = f"{name} must be {'at least 0' if may_be_zero else 'positive'} and finite (got {value!r})"
+        raise ValueError(msg)
+    return float(given)
+
+
+def check_arguments(*, make: object, store: object, rank: object, world_size: object, destroy: object) -> None:
     """
     Check what a `RenewableGroup` was given, before anything is made of it.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If one is neither given nor in the environment, or *grace* makes no sense.
+        ValueError: If one is neither given nor in the environment.
     """
     given = zip(VARIABLES, (rank, world_size, store, store), strict=True)
     absent = [name for name, value in given if value is None and name not in os.environ]
@@ -38,15 +59,11 @@ def check_arguments(
         ("rank", rank, Integral, "an integer"),
         ("world_size", world_size, Integral, "an integer"),
         ("destroy", destroy, Callable, "callable"),
-        ("grace", grace, Real, "seconds as a number"),
     )
     for name, value, kind, what in rules:
         if value is not None and not isinstance(value, kind):
             msg = f"{name} must be {what} (got {value!r})"
             raise TypeError(msg)
-    if not isinstance(grace, Real) or not 0 <= cast("float", grace) <= sys.float_info.max:
-        msg = f"grace must be seconds, at least 0 and finite (got {grace!r})"
-        raise ValueError(msg)
 
 
 def store_of_launcher(rank: int, name: str = "") -> dist.Store:
@@ -57,12 +74,16 @@ def store_of_launcher(rank: int, name: str = "") -> dist.Store:
         KeyError: If ``MASTER_ADDR`` or ``MASTER_PORT`` is not set.
         ValueError: If ``MASTER_PORT`` is no number.
     """
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Groups that are made over env:// may want to serve the same address.
-    serves = rank == 0 and not by_agent
+    serves = rank == 0 and not launcher_serves_store()
     store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, multi_tenant=True)
     return dist.PrefixStore(f"collective_scope/{name}{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def launcher_serves_store() -> bool:
+    """Whether torchrun's agent serves the ranks' store, and no rank does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def make_default_group(store: dist.Store, rank: int, world_size: int) -> None:

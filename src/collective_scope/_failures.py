@@ -143,7 +143,7 @@ class Failures:
             # An exception class may forbid attributes; then the log has what the notes would say, or else stderr.
             text = "\n".join((f"scope {scope!r}: {message_of(refused)}", *texts))
             try:
-                logger.error("%s", text)  # noqa: TRY400  (the text has the traceback)
+                logger.error("%s", text)  # noqa: TRY400  (the traceback is of the refusal)
             except Exception:
                 os.write(2, f"{text}\n".encode(errors="replace"))
 
@@ -196,7 +196,7 @@ def clear_frames(error: BaseException | None) -> None:
             seen.add(id(error))
             traceback.clear_frames(error.__traceback__)
             for frame, _ in traceback.walk_tb(error.__traceback__):
-                # Up to CPython 3.12, one who has looked at the locals, as pytest does, has left a copy in the
+                # Up to CPython 3.12, a tool that has looked at the locals, as pytest does, has left a copy in the
                 # frame; looking again makes it what they are now.
                 len(frame.f_locals)
             attached = [

@@ -1,12 +1,11 @@
 """
 The kinds of ``group`` that may be passed, and this rank's membership in it.
 
-The only module that knows torch's groups, stores and meshes, and torch's private names.
+The only module that knows all kinds of group; torch's private names are in ``_torch``.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -20,8 +19,6 @@ from .agreement.text import shorten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-logger = logging.getLogger("collective_scope")
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 import torch.distributed as dist
 
+from ._environment import launcher_serves_store
 from ._torch import default_group, store_of
 from .agreement.barrier import Barrier
 from .agreement.control import Control
@@ -38,8 +39,8 @@ class Membership:
         barrier: The rank's barrier; None if it has no peers.
         renewal: The group itself, if it can be revoked and made again.
         open: The scopes on this group that have been entered and not left, outermost first.
-        dead_since: Name of the scope in which gloo closed the group's connections, which it never opens again; of one
-            that can be renewed, of the latest scope after which it had to be.
+        dead_since: Name of the scope since which the group does not work, as gloo opens no connection again; for one
+            that can be renewed, the latest scope after which it has to be. Empty if there is none.
         store: The group's store: this object has to stay as long as the group, also where only C++ knows it.
     """
 
@@ -174,7 +175,5 @@ def _guess_server(store: Store, ranks: list[int], rank: int) -> int | None:
     """Return the rank, within the group, whose process serves the store, if not *rank*; None if none does. A guess."""
     if not isinstance(base_of(store), dist.TCPStore):
         return None
-    # torchrun serves the store in its agent and says so; otherwise it is global rank 0
-    # (torch/distributed/rendezvous.py), unless it was made by hand.
-    is_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return None if is_by_agent or 0 not in ranks or ranks.index(0) == rank else ranks.index(0)
+    # Otherwise it is global rank 0 (torch/distributed/rendezvous.py), unless it was made by hand.
+    return None if launcher_serves_store() or 0 not in ranks or ranks.index(0) == rank else ranks.index(0)

@@ -11,7 +11,7 @@ import pytest
 
 from ._notes import STILL_DEAD
 from ._pytest_tellings import Told, hear, kind_of, named
-from ._report import _numbers, _outcomes, is_like_a_consequence, missing
+from ._report import is_like_a_consequence, missing, numbers, outcome_lines
 from .agreement.records import Verdict
 from .agreement.text import traceback_of
 from .exceptions import CollectiveScopeError, PeerFailedError
@@ -108,7 +108,7 @@ def failed(
         else:
             name_ranks(report, alike, line)
         _add(report, "ranks", "\n".join(map(str, ours)) if ours and lead else "")
-        facts = "\n".join(_outcomes(verdict)) if verdict.complete else missing(verdict) if verdict.missing else ""
+        facts = "\n".join(outcome_lines(verdict)) if verdict.complete else missing(verdict) if verdict.missing else ""
         _add(report, "ranks", "" if ours and not verdict.complete else facts)
     _add(report, "notes", "\n".join(note for note in notes if note != dead))
     for each in _causes(told):
@@ -164,7 +164,7 @@ def subtests_elsewhere(
 
 
 def _numbered(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {_numbers(ranks)}"
+    return f"rank{'s' * (len(ranks) > 1)} {numbers(ranks)}"
 
 
 def name_ranks(report: pytest.TestReport, ranks: Sequence[int], line: str = "") -> None:

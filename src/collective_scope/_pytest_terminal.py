@@ -36,6 +36,7 @@ class Quiet(io.StringIO):
     """
 
     def __init__(self, stderr: int) -> None:
+        super().__init__()
         self._stderr = stderr
 
     def write(self, text: str) -> int:
@@ -64,7 +65,6 @@ class Terminal:
     """
 
     def __init__(self, config: pytest.Config, rank: int, world_size: int) -> None:
-        super().__init__()
         self.failures: list[pytest.TestReport] = []
         self.known: list[str] = []
         self.rank = rank

@@ -143,8 +143,8 @@ class Registry:
         """
         Enter *cm* now and leave it in the teardown, like a local cleanup.
 
-        Its ``__exit__`` gets the body's exception, or else that of the first
-        cleanup that failed before. It cannot suppress it: the peers have been told.
+        Its ``__exit__`` gets the first error of this scope: of the body, given to `CollectiveScope.fail`,
+        or of a cleanup before. It cannot suppress it: the peers have been told.
 
         Returns:
             What ``cm.__enter__()`` returns.

@@ -19,10 +19,9 @@ from typing import Any
 import torch.distributed as dist
 
 from . import _notes
-from ._environment import check_arguments, make_default_group, store_of_launcher
+from ._environment import Seconds, check_arguments, make_default_group, seconds_of, store_of_launcher
 from ._torch import (
     abort_nccl,
-    accelerator,
     all_groups,
     connect_nccl,
     destroy_group,
@@ -76,7 +75,7 @@ class RenewableGroup:
         destroy:
             Takes down what *make* has built. Default: ``dist.destroy_process_group`` of all groups;
             of the one that *make* returned, if it did not make the default group.
-        grace: Seconds from a failure until the group is revoked, if not all ranks have come to the exit.
+        grace: Seconds, or a ``timedelta``, from a failure until the group is revoked, if not all have come to the exit.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -95,15 +94,15 @@ class RenewableGroup:
         rank: int | None = None,
         world_size: int | None = None,
         destroy: Callable[[], object] | None = None,
-        grace: float = 0.5,
+        grace: Seconds = 0.5,
     ) -> None:
-        check_arguments(make=make, store=store, rank=rank, world_size=world_size, destroy=destroy, grace=grace)
+        check_arguments(make=make, store=store, rank=rank, world_size=world_size, destroy=destroy)
+        self.grace = seconds_of("grace", grace, may_be_zero=True)
         self.rank = int(os.environ["RANK"]) if rank is None else int(rank)
         self.world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else int(world_size)
         if not 0 <= self.rank < self.world_size:
             msg = f"rank must be at least 0 and less than world_size (got {self.rank} of {self.world_size})"
             raise ValueError(msg)
-        self.grace = float(grace)
         self.store = store_of_launcher(self.rank) if store is None else store
         self.value: Any = None
         self.made = 0
@@ -131,7 +130,8 @@ class RenewableGroup:
         Have *fn* called when the group is revoked: for communicators that torch does not know.
 
         To be called by *make*, each time. *fn* is called on a thread of its own, on every rank, while
-        the rank's own thread may be stuck in that communicator.
+        the rank's own thread may be stuck in that communicator. If *fn* raises, or does not return
+        within 20 s, the rank may stay stuck: its process is ended, with exit code 124.
 
         Raises:
             TypeError: If *fn* is not callable.
@@ -150,6 +150,7 @@ class RenewableGroup:
 
         Raises:
             TimeoutError: If it takes longer than `DESTROY_S` seconds, or an abort of it does.
+            Exception: What *destroy* raised, unless the group was revoked before.
         """
         with self._left_alone():
             self._take_down()
@@ -168,8 +169,7 @@ class RenewableGroup:
             earlier = self._take_down()
             self._attempts += 1
             self._is_revoked = False
-            if accelerator() is not None:
-                synchronize_accelerator()  # raises if the device is not usable any more
+            synchronize_accelerator()  # raises if the device is not usable any more
             self._known = weakref.WeakSet(all_groups())
             self._connections = Connections(self._port)
             client = self._connections.open_client(self.store.clone)  # type: ignore[attr-defined]  # missing in torch's stubs
@@ -242,19 +242,19 @@ class RenewableGroup:
         """Do it, with the lock held; what was done already, again only if it does no harm."""
         if not self._exists:
             return
-        groups, is_first, has_nccl = self._groups, not self._is_revoked, self.interrupts_first
+        groups, is_first = self._groups, not self._is_revoked
         self._is_revoked = self.is_due = True
-        if is_first:
-            for callback in self._callbacks:
-                callback()
-        if is_at_work:
-            abort_nccl(groups)
-        if is_first:
-            # NCCL's monitor says at length that it has lost the store.
-            self._connections.cut(with_client=not has_nccl)
-            # A body has made groups; one that it has destroyed may still be connected, if anything refers to it.
-            if groups_so_far() > self._named or any(group not in self._of_make for group in groups):
-                self._connections.cut_accepted()
+        with contextlib.ExitStack() as steps:  # the last one first; each is taken, whatever another one raises
+            if is_first:
+                # A body has made groups; one that it has destroyed may still be connected, if anything refers to it.
+                if groups_so_far() > self._named or any(group not in self._of_make for group in groups):
+                    steps.callback(self._connections.cut_accepted)
+                # NCCL's monitor says at length that it has lost the store.
+                steps.callback(self._connections.cut, with_client=not self.interrupts_first)
+            if is_at_work:
+                steps.callback(abort_nccl, groups)
+            for callback in reversed(self._callbacks if is_first else ()):
+                steps.callback(callback)
 
     @contextlib.contextmanager
     def _left_alone(self) -> Iterator[None]:

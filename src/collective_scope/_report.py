@@ -1,5 +1,5 @@
 """
-Facts in, text out: every sentence that a user reads.
+Facts in, text out: what is said of several ranks, in errors and in the log.
 
 The first line of a message holds the fact and survives truncation; details
 follow, indented. Guesses are in sentences that say so.
@@ -56,7 +56,7 @@ def peers_failed(verdict: Verdict) -> str:
     are_skips = all(each.is_skip for _, each in ordered)
     verb = "skipped and its peers did not, in" if are_skips and len(ordered) < verdict.world_size else "failed in"
     head = f"{who} of {verdict.world_size} {verb} {where}{which}: {what}"
-    lines = [head, *_outcomes(verdict)]
+    lines = [head, *outcome_lines(verdict)]
     if verdict.reason:
         lines.append(f"  The wait ended early: {verdict.reason}.")
     lines += _not_run(verdict)
@@ -80,7 +80,7 @@ def missing(verdict: Verdict) -> str:
     head = f"{who}{_at(verdict)}{since}{cause}"
     lines = [head]
     if not is_refused_again:
-        lines += [*_outcomes(verdict), *_places(verdict, verdict.missing, "missing:")]
+        lines += [*outcome_lines(verdict), *_places(verdict, verdict.missing, "missing:")]
         lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}." if verdict.reason else f"  {MISSING_ADVICE}")
     lines += [f"{line} Not every rank has left the scope before it." for line in _not_run(verdict)]
     return "\n".join(lines)
@@ -89,7 +89,7 @@ def missing(verdict: Verdict) -> str:
 def lost(verdict: Verdict) -> str:
     """Say which ranks are gone."""
     head = f"{_ranks(verdict, verdict.lost)} of {verdict.world_size} lost{_at(verdict)} after {verdict.timeout:.1f} s"
-    lines = [head, *_outcomes(verdict), *_places(verdict, verdict.lost, "lost:   ")]
+    lines = [head, *outcome_lines(verdict), *_places(verdict, verdict.lost, "lost:   ")]
     lines += _places(verdict, verdict.missing, "missing:")
     if verdict.reason:
         lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}.")
@@ -138,7 +138,7 @@ def late(verdict: Verdict, rank: int, left: float | None, said: dict[int, str]) 
     said |= dict.fromkeys(ranks, "") | texts
     lines = [head]
     if not same:
-        lines += _outcomes(verdict)
+        lines += outcome_lines(verdict)
     lines += _places(verdict, [each for each in ranks if each not in same], "where:  " if left is None else "missing:")
     if same:
         lines.append(f"  {_ranks(verdict, sorted(same))}: still where {'it was' if len(same) == 1 else 'they were'}")
@@ -195,7 +195,7 @@ def _ranks(verdict: Verdict, ranks: Iterable[int]) -> str:
     return f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
 
-def _numbers(ranks: Iterable[int]) -> str:
+def numbers(ranks: Iterable[int]) -> str:
     """Write sorted ranks with runs folded: ``0, 2-5, 9``."""
     runs: list[list[int]] = []
     for rank in ranks:
@@ -208,7 +208,7 @@ def _numbers(ranks: Iterable[int]) -> str:
     return ", ".join(texts[:MOST_RANKS] + more)
 
 
-def _outcomes(verdict: Verdict) -> list[str]:
+def outcome_lines(verdict: Verdict) -> list[str]:
     """List what arrived ranks say of themselves, the failure published first at the top."""
     failures = failures_in_order(verdict.outcomes)
     # Of a rank that is gone, even the first failure is likely a consequence.
@@ -240,7 +240,7 @@ def _places(verdict: Verdict, ranks: Iterable[int], title: str) -> list[str]:
     lines: list[str] = []
     nowhere = [rank for rank in ranks if rank not in verdict.where]
     if nowhere:
-        lines.append(f"  {title}  {_numbers(nowhere)}")
+        lines.append(f"  {title}  {numbers(nowhere)}")
     for rank in ranks[:MOST_RANKS]:
         if rank in verdict.where:
             place = verdict.where[rank]
@@ -273,5 +273,5 @@ def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:
     groups: dict[str, list[int]] = {}
     for rank, text in texts.items():
         groups.setdefault(text, []).append(rank)
-    lines = [f"{_numbers(sorted(ranks))} ({text})" for text, ranks in groups.items()]
+    lines = [f"{numbers(sorted(ranks))} ({text})" for text, ranks in groups.items()]
     return [f"  {title if not number else ' ' * len(title)}  {line}" for number, line in enumerate(lines)]

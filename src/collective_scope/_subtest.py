@@ -28,7 +28,7 @@ class _NotRun(BaseException):
 
 
 class Subtest:
-    """The result of `Subtests.test`: a block that runs in a scope, and whose failure is kept."""
+    """One subtest, as `Subtests.test` returns it: a block that runs in a scope, and whose failure is kept."""
 
     def __init__(self, subtests: Subtests, id: str) -> None:  # noqa: A002  (as in Subtests.test)
         self.result = SubtestResult(id)

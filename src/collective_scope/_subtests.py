@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO
 
 from . import _groups, _kill
+from ._api import collective_scope
 from ._subtest import Subtest
 from ._subtest_result import ExpectedFailure, SubtestResult
 from ._subtests_report import Output, Progress, lost, summary, write_junit, write_trace
 from ._torch import has_closed
 from .agreement.clock import monotonic
-from .exceptions import CollectiveScopeError
 
 
 logger = logging.getLogger("collective_scope")
@@ -58,6 +58,8 @@ class Subtests:
         options: Passed on to each `collective_scope`; ``meet_at_entry`` is on.
 
     Raises:
+        TypeError: If an argument has a wrong type, or *options* has what `collective_scope` does not know.
+        ValueError: If one makes no sense.
         ExceptionGroup: At the end of the block, on every rank, if subtests failed: what this rank raised in each.
             A BaseExceptionGroup, if not all of that are of class Exception, such as what ``pytest.fail`` raises.
 
@@ -103,6 +105,7 @@ class Subtests:
         self._rank, self._is_renewable, self._is_found = 0, False, False
         self._budget, self._max_failures, self._rerun = budget, max_failures, rerun
         self._options = {"meet_at_entry": True, **options}
+        collective_scope(group, name="", **self._options)  # refuses what makes no sense
         self._file, self._verbose = file, verbose
         self._progress: Progress | None = None
         self._dead_since = ""
@@ -122,7 +125,7 @@ class Subtests:
             not_run = sum(result.status == "not run" for result in failed)
             also = f", and {not_run} did not run" if not_run else ""
             msg = f"{len(failed) - not_run} of {len(self.results)} subtests failed{also}"
-            raise BaseExceptionGroup(msg, errors or [CollectiveScopeError(msg)])
+            raise BaseExceptionGroup(msg, errors)
 
     def test(self, id: str) -> Subtest:  # noqa: A002  (what it is)
         """
@@ -138,22 +141,42 @@ class Subtests:
         return Subtest(self, str(id))
 
     def run(self, id: str, fn: Callable[..., object], /, *args: Any, **kwargs: Any) -> SubtestResult:  # noqa: A002  (positional only)
-        """Run ``fn(*args, **kwargs)`` as the subtest *id*; return what became of it."""
+        """
+        Run ``fn(*args, **kwargs)`` as the subtest *id*; return what became of it.
+
+        Raises:
+            BaseException: An interrupt, as `Subtests` says.
+        """
         subtest = self.test(id)
         with subtest:  # which does not come to its block if it is refused
             fn(*args, **kwargs)
         return subtest.result
 
     def skip(self, reason: str) -> NoReturn:
-        """Skip the subtest that is running. All ranks must; if only some do, it has failed."""
+        """
+        Skip the subtest that is running. All ranks must; if only some do, it has failed.
+
+        Raises:
+            unittest.SkipTest: Always.
+        """
         raise unittest.SkipTest(reason)
 
     def xfail(self, reason: str) -> NoReturn:
-        """Let the subtest that is running fail as expected. All ranks must; if only some do, it has failed."""
+        """
+        Let the subtest that is running fail as expected. All ranks must; if only some do, it has failed.
+
+        Raises:
+            unittest.SkipTest: Always, one of a class of its own.
+        """
         raise ExpectedFailure(reason)
 
     def write_junit(self, path: str, name: str = "subtests") -> None:
-        """Write the format that CI servers read, on rank 0; if that is gone, on the lowest rank that is left."""
+        """
+        Write the format that CI servers read. Every rank may call it; the lowest rank that is left writes.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         if self._speaks:
             write_junit(self.results, path, name)
 
@@ -163,6 +186,9 @@ class Subtests:
 
         Collective:
             Every rank calls it; rank 0 writes the file.
+
+        Raises:
+            OSError: On rank 0, if the file cannot be written.
         """
         found = _groups.find(self._group)
         write_trace(self.results, path, found[0].barrier if found is not None else None)
@@ -225,7 +251,7 @@ class Subtests:
         self._look_up()
         cause = result.cause
         # If a closed connection is what failed first, no rank of this subtest has made it so.
-        if cause is not None and has_closed(cause[1].message) and not self._is_renewable:
+        if cause is not None and result.status == "failed" and has_closed(cause[1].message) and not self._is_renewable:
             self._dead_since = self._dead_since or result.id
         if self._rank == 0:
             self._get_progress().note(result)

@@ -63,7 +63,7 @@ class Teardown(Arrival):
     _number: int = attrs.field(default=1, init=False)
     """The number of the exit barrier that comes next."""
     _agreed: tuple[str, ...] | None = attrs.field(default=None, init=False)
-    """Collective cleanups of which the next one may run; None while there is none to be run without a barrier."""
+    """Names of the collective cleanups that all ranks share, the next of which may run; None if a barrier comes first."""
     _chosen: Cleanup | None = attrs.field(default=None, init=False)
     """The one that is to be run now."""
     _mismatch: Verdict | None = attrs.field(default=None, init=False)
@@ -177,8 +177,8 @@ class Teardown(Arrival):
         if verdict.cleanups or self._mismatch is not None:
             self._mismatch = mismatch = self._mismatch or verdict
             verdict = attrs.evolve(verdict, cleanups=mismatch.cleanups, agreed=mismatch.agreed)
-        # One line: whoever sees the verdict sees what may be run.
-        self.verdict, self._agreed = verdict, verdict.agreed if verdict.is_pending else None
+        # One line: a thread that sees the verdict also sees which cleanups may run.
+        self.verdict, self._agreed = verdict, verdict.agreed if verdict.may_go_on else None
 
     def _run_rest(self) -> None:
         """Run what is left and local. No collective cleanup runs without an agreement."""

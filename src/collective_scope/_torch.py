@@ -67,10 +67,11 @@ def accelerator() -> Any:
 
 
 def synchronize_accelerator() -> None:
-    """Wait for the work that this process has given its accelerator, if it uses one; there is one."""
+    """Wait for the work that this process has given its accelerator, if it uses one."""
+    module = accelerator()
     # A process that has not touched its accelerator shall not create a context on it now.
-    is_initialized = getattr(accelerator(), "is_initialized", None)
-    if is_initialized is None or is_initialized():
+    is_initialized = getattr(module, "is_initialized", lambda: module is not None)
+    if is_initialized():
         torch.accelerator.synchronize()
 
 

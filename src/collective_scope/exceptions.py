@@ -36,7 +36,7 @@ class CollectiveScopeError(Exception):
     Base of what this library raises at the exit, or the entry, of a scope.
 
     Attributes:
-        verdict: What every rank did; the same on every rank.
+        verdict: What every rank did; the same on every rank, unless the store did not answer.
     """
 
     verdict: Verdict
@@ -57,7 +57,11 @@ class PeerFailedError(CollectiveScopeError):
 
 
 class BarrierTimeoutError(CollectiveScopeError):
-    """Raised when a peer is missing at the barrier and the timeout has run out."""
+    """
+    Raised when a peer is missing at the barrier and the timeout has run out.
+
+    Also when the wait had to end before: then ``verdict.reason`` says why, or the message that an entry was refused at once.
+    """
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -89,7 +93,11 @@ class ScopeMismatchError(CollectiveScopeError):
 
 
 class CleanupMismatchError(CollectiveScopeError):
-    """Raised when ranks have different collective cleanups; those not shared ran on no rank."""
+    """
+    Raised when ranks have different collective cleanups; those not shared ran on no rank.
+
+    Also when a cleanup could not run and nothing else went wrong: then the message names it, and `cleanups` is empty.
+    """
 
     @property
     def cleanups(self) -> Mapping[int, tuple[tuple[str, str], ...]]:

@@ -203,11 +203,11 @@ def _compare(world: World, tests: list[str], options: Mapping[str, Any]) -> None
     try:
         with collective_scope(world, name="collection", **options) as scope:
             scope.collective_cleanup(int, name="tests", fingerprint=lambda: mark)
-    except CleanupMismatchError:
+    except CleanupMismatchError as error:
         texts = [zlib.decompress(store.get(f"tests/{rank}")) for rank in range(world.world_size)]
         lists = [text.decode(errors="surrogateescape").split("\n") for text in texts]
         msg = "\n".join(["the ranks have collected different tests", *_differences(lists)])
-        raise CollectiveScopeError(msg) from None
+        raise CollectiveScopeError(msg, error.verdict) from None
 
 
 def _differences(lists: list[list[str]]) -> list[str]:

@@ -222,7 +222,7 @@ def run_simulated(process: int, world_size: int, port: int, rounds: int, result:
                 barrier.wait()
             now = time.monotonic()
             record = Record(f"{number} simulated", "exit", arrived=True)
-            part.attend(Wait(record, now, now + 600, 60, None, replies), has_thread=True, store=client)
+            part.attend(Wait(record, now, now + 600, 60, None, replies), is_looked_after=True, store=client)
             assert replies.get().ok
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in ranks]

@@ -37,7 +37,7 @@ Keys, below ``collective_scope/`` at the root of the store, except for ``life of
 group's own part of it:
 
 =================  ===========================================  ==========================================
-key                who writes it, and when                      when it goes
+key                written by, and when                         when it goes
 =================  ===========================================  ==========================================
 life of {n}        the first rank that joins: a random word     with the last rank that leaves the group
                    that begins all keys of the group; a rank

@@ -11,7 +11,8 @@ blocked in native code that has released the GIL. Several times a second it
 ==================  =======================================  ==============================
 field               written by                               read by
 ==================  =======================================  ==============================
-spans               the ranks' threads, one entry a scope    the control thread
+spans               the ranks' threads, one entry a scope;   the control thread
+                    the control thread removes those left
 groups              the ranks' threads, one entry a group    the control thread
 _surveys            the threads that end a process: scopes   the control thread removes them
                     of which all must be located

@@ -45,7 +45,7 @@ RECORDS_S = 0.25
 """How long the rank that decides waits for the records of those that arrived a moment ago."""
 
 POLL_S = 0.05
-"""How often a rank looks that has no thread to look for it."""
+"""How often a rank looks for which no control thread does."""
 
 
 @attrs.define(eq=False)
@@ -100,7 +100,7 @@ class Part(Peers):
         store.set(f"{NEWS}/{number}", f"failed {self.life} {self.rank}")
         self.items.append((number, monotonic()))
 
-    def attend(self, wait: Wait, has_thread: bool, store: Store) -> None:  # noqa: FBT001  (passed on by position)
+    def attend(self, wait: Wait, is_looked_after: bool, store: Store) -> None:  # noqa: FBT001  (passed on by position)
         """Arrive, and get the verdict, or write it if this rank is the last to arrive."""
         record = wait.record
         if wait.reason:
@@ -119,7 +119,7 @@ class Part(Peers):
             verdict = all_ok(record, self.world_size)  # made here, where nobody waits for it
             if wait.earlier is not None and not self._is_anybody_back(*wait.earlier, store):
                 set_first(store, f"{key}/v", encode_verdict(still_refused(wait.earlier[0], record)))
-            text = get(store, f"{key}/v") if has_thread else self._poll(wait, store)
+            text = get(store, f"{key}/v") if is_looked_after else self._poll(wait, store)
             if text != ALL_OK:
                 verdict = decode_verdict(text, record, self.world_size)
         if self.is_left_behind():
@@ -150,7 +150,7 @@ class Part(Peers):
         return any(record.arrived and relation(record, missed) in ("here", "elsewhere") for record in records)
 
     def _poll(self, wait: Wait, store: Store) -> bytes:
-        """Wait for the verdict on the rank's own thread, and end the wait, because there is no other thread."""
+        """Wait for the verdict, and end the wait, because no control thread does."""
         key = f"{self.key(wait.record.round)}/v"
         while not store.check([key]):
             now = monotonic()

@@ -1,5 +1,5 @@
 """
-The news of one rank so far (`Record`, with its `Outcome`), and of all in one round (`Verdict`).
+The latest word of one rank (`Record`, with its `Outcome`), and of all in one round (`Verdict`).
 
 These travel through a store as JSON. Exceptions travel as text, never as pickles: whatever a
 foreign exception holds or needs to be constructed, its type, message and traceback arrive.
@@ -148,7 +148,7 @@ class Record:
 @attrs.frozen(repr=False)
 class Verdict:
     """
-    What every rank did in one scope; the same on every rank.
+    What every rank did in one scope; the same on every rank, unless the store did not answer: *reason* says so.
 
     Each rank is in exactly one of *arrived*, *missing* and *lost*.
 
@@ -216,7 +216,7 @@ class Verdict:
         return len(self.arrived) == self.world_size and not self.reason
 
     @property
-    def is_pending(self) -> bool:
+    def may_go_on(self) -> bool:
         """Whether collective cleanups were left, and the ranks can go on to run those that they share."""
         return self.pending and self.complete and not self.revoked
 

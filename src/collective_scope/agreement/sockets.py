@@ -77,7 +77,7 @@ def _sockets() -> Iterator[tuple[int, str, socket.socket]]:
 
 def cut(sockets: dict[int, str]) -> None:
     """
-    Cut connections, on this side and the other: whoever waits for them gets an error.
+    Cut connections, on this side and the other: a thread that waits for one gets an error.
 
     gloo has no abort that frees a rank which waits, and keeps its connections as long as anything refers to a group.
     """

@@ -23,10 +23,13 @@ Part.told          the store and control threads, under a     the same
 Part.records       the store and control threads, each        the same
                    value as a whole
 Part.lost, .beats, the control thread                         the same
-.revoked, .asked
+.asked
+Part.revoked       the control thread; the rank's thread,     the control thread
+                   when it leaves the scope
+Part.owner         the rank's thread                          the store thread
 Part._odd          the store thread; the control thread, for  the store thread
                    a wait that is over
-Part.spent,        the store and control threads              the control thread
+Part.spent,        the store and control threads              the same
 .items
 Part, all others   the store thread                           the store thread
 =================  =========================================  =============================
