@@ -110,11 +110,12 @@ def _get_stuck_in_a_loop(rank: int, _world_size: int) -> None:
 
 
 def test_kill_after_in_a_loop_of_subtests_sums_up_what_was_found_before() -> None:
-    """A process that is ended takes no result along."""
+    """A process that is ended takes no result along, and says which subtest it was in."""
     first, _ = run_ranks(2, _get_stuck_in_a_loop, host="parent", expect_exit={0: EXIT_CODE, 1: EXIT_CODE})
 
     assert "FAILED bad" in first.stdout
     assert "rank 1, body: AssertionError: the real bug" in first.stdout
+    assert "the loop ended in subtest 'stuck', which is not counted either: " in first.stdout
     assert "1 failed in " in first.stdout
 
 

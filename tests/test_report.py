@@ -351,6 +351,16 @@ def test_lost_at_an_entry_says_that_the_body_was_not_run() -> None:
     assert "  The body of this scope was not run." == lines[-1]
 
 
+def test_lost_rank_whose_process_has_ended_and_told_nothing_may_have_told_its_stderr() -> None:
+    """A process that torch aborts tells no peer why; where to look comes last."""
+    where = {0: Place(_HERE, "exited (killed by SIGABRT)")}
+    lost = _report.lost(_verdict(2, outcomes={1: OK}, lost=(0,), where=where, timeout=0.2))
+    told = _report.lost(_verdict(2, outcomes={0: _failed("why"), 1: OK}, lost=(0,), where=where, timeout=0.2))
+
+    assert lost.endswith(f"\n  {_report.LOST_ADVICE}")
+    assert _report.LOST_ADVICE not in told
+
+
 def test_lost_alone_says_only_that() -> None:
     """Without missing ranks or a reason, there is nothing more to say."""
     verdict = _verdict(2, outcomes={1: OK}, lost=(0,), timeout=2.0)

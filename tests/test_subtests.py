@@ -858,6 +858,37 @@ def test_summary_of_a_subtest_that_lost_a_rank_names_that_first() -> None:
     assert (0, outcome) == result.cause
 
 
+def test_summary_of_a_subtest_in_which_kill_after_ended_ranks_has_the_line_of_each() -> None:
+    """Each of these ranks was somewhere, and none of them is known to be the cause."""
+    frames = '  File "/suite/body.py", line {}, in test\n    work()\n'
+    outcomes = {
+        rank: Outcome("kill_after", "TimeoutError", "not left within 6.0 s", frames.format(11 + rank), order=rank + 1)
+        for rank in range(2)
+    }
+    result = SubtestResult("a", "failed", verdict=Verdict("a", 3, (2,), outcomes={**outcomes, 2: OK}, lost=(0, 1)))
+
+    lines = summary([result], 1.0, "").splitlines()
+
+    assert ["    /suite/body.py:11", "    /suite/body.py:12"] == [line for line in lines if "body.py" in line]
+
+
+def test_summary_of_subtests_that_ranks_came_to_apart_says_once_at_which_they_are() -> None:
+    """A rank that left one subtest out is apart from then on; the first subtest says how that began."""
+    results = [
+        SubtestResult(id_, "not run", "ranks arrived at different scopes", verdict=verdict)
+        for id_, verdict in (
+            ("a", attrs.evolve(_verdict({0: OK, 1: OK}), names={0: "a", 1: "b"})),
+            ("b", attrs.evolve(_verdict({0: OK, 1: OK}), names={0: "b", 1: "c"})),
+        )
+    ]
+
+    assert summary(results, 1.0, "").splitlines()[:3] == [
+        "not run: 2 subtests, because ranks arrived at different scopes",
+        "  ranks:    0 (scope 'a')",
+        "            1 (scope 'b')",
+    ]
+
+
 def test_summary_on_a_rank_that_its_peers_gave_up_on_says_where_it_was() -> None:
     """Its own error came of that, and names neither rank nor line."""
     place = Place(Process("node", 7), phase="in the body of scope 'scope'", frames='  File "body.py", line 12\n')

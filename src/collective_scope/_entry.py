@@ -13,7 +13,7 @@ import attrs
 from . import _notes, _report, _torch
 from ._arrival import MAKING
 from ._failures import errors_of
-from ._kill import Killer
+from ._kill import KILL_PHASE, Killer
 from ._membership import Membership
 from ._teardown import Teardown, current
 from .agreement.process import Place, me
@@ -150,6 +150,7 @@ class Entry(Teardown):
         if barrier is None or span is None:
             here = Place(me(), phase=f"in scope {self.name!r}", seconds=seconds)
             return _report.out_of_patience(self.name, seconds, {0: here}, 0)
-        outcome = Outcome("kill_after", "TimeoutError", f"not left within {seconds:.1f} s; its process was ended")
+        what = f"not left within {seconds:.1f} s; its process was ended"
+        outcome = Outcome(KILL_PHASE, "TimeoutError", what, barrier.control.place(span).frames)
         barrier.publish(attrs.evolve(self._record(self._stage), outcome=outcome))
         return _report.out_of_patience(self.name, seconds, barrier.control.survey(span), barrier.rank)

@@ -17,6 +17,9 @@ from .agreement.clock import monotonic
 from .agreement.stacks import is_runner, no_collection
 
 
+KILL_PHASE = "kill_after"
+"""The phase in which a rank failed whose process is ended; peers are told of it."""
+
 EXIT_CODE = 124
 """A parent sees this one; ``timeout(1)`` uses the same."""
 

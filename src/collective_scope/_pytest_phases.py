@@ -26,6 +26,7 @@ from ._pytest_tellings import hear, is_xpassed, tell, telling
 from ._pytest_terminal import Terminal
 from ._scope import CollectiveScope
 from .agreement.records import Verdict
+from .agreement.stacks import innermost
 from .exceptions import RevokedInterrupt
 
 
@@ -233,7 +234,8 @@ class Phases:
             self._phase = None
             code = getattr(end, "returncode", None)
             code = int(pytest.ExitCode.INTERRUPTED if code is None else code)
-            phase.leave(telling(end, str(end) or type(end).__name__, kind="ended", returncode=code))
+            line = str(end) or f"{type(end).__name__} at {innermost(end.__traceback__)}"
+            phase.leave(telling(end, line, kind="ended", returncode=code))
             raise
         finally:
             phase.end()

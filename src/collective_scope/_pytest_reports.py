@@ -90,7 +90,7 @@ def failed(
         if getattr(report.longrepr, "reprcrash", None) is None:  # a function in C has no frame to show
             report.longrepr = _as_text(traceback_of(error))
     elif lead is None or (lead.kind == "skipped" and not lead.outcome.also):
-        text = str(ours[0]) if lead is None else f"skipped there, and not on the other ranks: {line}"
+        text = str(ours[0]) if lead is None else f"skipped, and other ranks did not: {line}{_place_of_skip(lead)}"
         report, line = make(pytest.fail.Exception(text, pytrace=False)), text.split("\n", 1)[0]
         report.longrepr = _as_text(text)
     elif rank not in alike:
@@ -116,6 +116,12 @@ def failed(
     for error in local:
         _add(report, f"in addition, on rank {rank}", traceback_of(error))
     return report
+
+
+def _place_of_skip(told: Told) -> str:
+    """Return a line with the place at which a rank has skipped, if it has told that."""
+    place = None if told.report is None else told.report["longrepr"]
+    return f"\n  {place[0]}:{place[1]}" if isinstance(place, list | tuple) else ""
 
 
 def _is_alike(one: Told, other: Told) -> bool:

@@ -28,6 +28,10 @@ MISSING_ADVICE = (
     "A missing rank is still in its body or a cleanup, is blocked in a collective that a rank which has arrived may\n"
     "  have skipped, or never came to this scope. Look first at a failure that is named above, then at its own log."
 )
+LOST_ADVICE = (
+    "A process that ends without an exception has often said why on its own stderr: gloo aborts it, for example, if\n"
+    "  the shapes of two ranks differ. faulthandler.enable() shows the line."
+)
 MISMATCH_ADVICE = (
     "All ranks of a group must go through the same scopes in the same order. Usual causes: a scope under a\n"
     "  condition that differs between ranks, a loop that is shorter on one rank, an error caught on one rank only."
@@ -93,14 +97,20 @@ def lost(verdict: Verdict) -> str:
     lines += _places(verdict, verdict.missing, "missing:")
     if verdict.reason:
         lines.append(f"  {verdict.reason[0].upper()}{verdict.reason[1:]}.")
+    elif not verdict.failures and any(verdict.where[rank].has_ended for rank in verdict.lost if rank in verdict.where):
+        lines.append(f"  {LOST_ADVICE}")
     return "\n".join([*lines, *_not_run(verdict)])
 
 
 def scopes_differ(verdict: Verdict) -> str:
     """Describe ranks that arrived at different scopes."""
-    lines = ["ranks arrived at different scopes"]
-    lines += _grouped({rank: f"scope {name!r}" for rank, name in verdict.names.items()})
-    return "\n".join([*lines, *_not_run(verdict), f"  {MISMATCH_ADVICE}"])
+    lines = ["ranks arrived at different scopes", *scope_lines(verdict), *_not_run(verdict), f"  {MISMATCH_ADVICE}"]
+    return "\n".join(lines)
+
+
+def scope_lines(verdict: Verdict) -> list[str]:
+    """List the scopes at which the ranks are, if they are at different ones."""
+    return _grouped({rank: f"scope {name!r}" for rank, name in verdict.names.items()})
 
 
 def cleanups_differ(verdict: Verdict) -> str:

@@ -86,6 +86,7 @@ class Subtest:
     def _enter(self, body: CodeType) -> None:
         """Enter the scope; if that is refused, note why."""
         result = self.result
+        self._subtests._running = result.id  # noqa: SLF001  (a part of it)
         scope = collective_scope(self._subtests._group, name=result.id, **self._subtests._options)  # noqa: SLF001  (a part of it)
         scope._options = attrs.evolve(scope._options, history=result.history)  # noqa: SLF001  (a scope is a part of this package)
         try:

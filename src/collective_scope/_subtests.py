@@ -34,7 +34,7 @@ class Subtests:
 
         with Subtests(world) as subtests:
             for config in configs:
-                with subtests.test(config.id):
+                with subtests.test(config.id()):
                     run(config)
 
     Collective:
@@ -108,6 +108,8 @@ class Subtests:
         collective_scope(group, name="", **self._options)  # refuses what makes no sense
         self._file, self._verbose = file, verbose
         self._progress: Progress | None = None
+        self._running = ""
+        """The subtest that has begun and not ended."""
         self._dead_since = ""
         """The first subtest whose collectives could not work, because its group was dead before."""
         self._started = monotonic()
@@ -197,7 +199,8 @@ class Subtests:
         """Print what became of the subtests, on rank 0; *is_early* if there may be more."""
         if self._speaks:
             self._get_progress().end()
-            ended = self.results[-1].id if is_early and self.results else ""
+            ended = f"with subtest {self.results[-1].id!r}" if is_early and self.results else ""
+            ended = f"in subtest {self._running!r}, which is not counted either" if self._running else ended
             text = summary(self.results, monotonic() - self._started, self._rerun, ended)
             self._output.write(f"{text}\n")
 
@@ -247,6 +250,7 @@ class Subtests:
         return ""
 
     def _note(self, result: SubtestResult) -> None:
+        self._running = ""
         self.results.append(result)
         self._look_up()
         cause = result.cause

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ._failures import errors_of
+from ._kill import KILL_PHASE
 from ._notes import NOT_RUN
-from ._report import is_like_a_consequence
+from ._report import is_like_a_consequence, scope_lines
 from ._subtest_result import told
 from .agreement.clock import monotonic, sleep
 from .agreement.part import POLL_S
@@ -126,16 +127,15 @@ def summary(results: Sequence[SubtestResult], seconds: float, rerun: str, ended:
     for result in results:
         if result.status == "failed":
             lines += _failure(result, rerun)
-    not_run = Counter(result.reason for result in results if result.status == "not run")
-    lines += [f"not run: {_subtests(count)}, because {reason}" for reason, count in not_run.items()]
+    lines += _not_run([result for result in results if result.status == "not run"])
     if ended:
-        lines.append(f"the loop ended with subtest {ended!r}: later subtests have not run, and are not counted")
+        lines.append(f"the loop ended {ended}: later subtests have not run, and are not counted")
     slow = sorted(results, key=lambda result: -result.seconds)[:MOST_SLOW]
     if len(results) > MOST_SLOW:
         lines.append("slowest: " + ", ".join(f"{result.id} {result.seconds:.2f} s" for result in slow))
     waited = Counter[int]()
     for result in results:
-        for rank in result.verdict.missing if result.verdict is not None and result.waited else ():
+        for rank in result.verdict.missing if result.verdict is not None and round(result.waited) else ():
             waited[rank] += round(result.waited)
     if waited:
         lines.append("waited for: " + ", ".join(f"rank {rank} {took} s" for rank, took in sorted(waited.items())))
@@ -144,8 +144,14 @@ def summary(results: Sequence[SubtestResult], seconds: float, rerun: str, ended:
     return "\n".join([*lines, f"{text} in {seconds:.2f} s"])
 
 
-def _subtests(count: int) -> str:
-    return f"{count} subtest{'s' * (count != 1)}"
+def _not_run(results: list[SubtestResult]) -> list[str]:
+    """Count what did not run by its reason; say where the ranks were at the first of those, if they were apart."""
+    lines = []
+    for reason, count in Counter(result.reason for result in results).items():
+        lines.append(f"not run: {count} subtest{'s' * (count > 1)}, because {reason}")
+        first = next(result.verdict for result in results if result.reason == reason)
+        lines += [] if first is None else scope_lines(first)
+    return lines
 
 
 def _failure(result: SubtestResult, rerun: str) -> list[str]:
@@ -158,7 +164,7 @@ def _failure(result: SubtestResult, rerun: str) -> list[str]:
             line += " (a consequence)"
         lines.append(line)
         where = _place(outcome)
-        if where and not place:
+        if where and (not place or outcome.phase == KILL_PHASE):
             lines.append(f"    {where}")
     if (verdict := result.verdict) is not None and ordered:  # a rank that is gone has told nothing, and is the cause
         gone = [f"  rank {rank} is gone" for rank in verdict.lost]
