@@ -32,6 +32,7 @@ from collective_scope import (
     collective_scope,
     current_scope,
 )
+from collective_scope._failures import errors_of
 from collective_scope._notes import NOT_RUN
 from collective_scope._subtest_result import ExpectedFailure, ends_loop, judge_subtest
 from collective_scope._subtests_report import summary, write_junit
@@ -856,6 +857,16 @@ def test_summary_of_a_subtest_that_lost_a_rank_names_that_first() -> None:
     assert "  rank 0, body: RuntimeError: Connection closed by peer (a consequence)" == lines[2]
     assert "  rank 2 did not come" == lines[3]
     assert (0, outcome) == result.cause
+
+
+def test_summary_of_a_subtest_whose_error_is_what_the_verdict_says_has_it_once() -> None:
+    """A rank that waited in vain raises what every rank can tell from the verdict."""
+    verdict = _verdict({1: OK}, missing=(0,))
+    (error,) = errors_of(verdict, 1)
+
+    text = summary([SubtestResult("a", "failed", error=error, verdict=verdict)], 1.0, "")
+
+    assert 1 == text.count("rank 0 of 2 missing")
 
 
 def test_summary_of_a_subtest_in_which_kill_after_ended_ranks_has_the_line_of_each() -> None:

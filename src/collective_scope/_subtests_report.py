@@ -172,9 +172,9 @@ def _failure(result: SubtestResult, rerun: str) -> list[str]:
         lines[1:] = [*gone, *lines[1:], *late]
     if not ordered and result.error is not None:  # what the verdict says comes first: it has the ranks
         errors = [] if verdict is None else errors_of(verdict, -1)
-        texts = [message_of(error) for error in errors if error is not result.error]
-        mine = message_of(result.error)
-        texts.append(one_line(type_name(result.error), mine) if texts else mine)
+        texts, mine = [message_of(error) for error in errors], message_of(result.error)
+        if mine not in texts:
+            texts.append(one_line(type_name(result.error), mine) if texts else mine)
         lines += [f"  {line}" for text in texts for line in text.splitlines()]
     notes = getattr(result.error, "__notes__", ())
     lines += [f"  {note}" for note in notes if note.startswith(NOT_RUN)]
