@@ -538,7 +538,19 @@ def test_late_while_all_work_says_that_no_rank_has_come_and_where_all_are() -> N
         "no rank of 2 has come to the exit of scope 'ep4' for 10.0 s",
         "  where:    0  host pid 7, in the body of scope 'ep4' for 10.0 s (sleeping)",
         "            1  host pid 7, in the body of scope 'ep4' for 10.0 s (sleeping)",
+        f"  {_report.UNLIMITED_ADVICE}",
     ]
+
+
+def test_late_while_all_work_says_when_that_ends_if_it_does() -> None:
+    """A scope with a limit says it, the first time; no rank has one for a wait, which the first line bounds."""
+    said: dict[int, str] = {}
+    facts = _verdict(2, arrived=(), missing=(0, 1), timeout=10.0, where=dict.fromkeys((0, 1), _place()))
+    first, second = (_report.late(facts, 0, None, said, 60.0) for _ in range(2))
+
+    assert first.endswith("\n  kill_after ends this 60.0 s after the entry.")
+    assert "kill_after" not in second
+    assert "kill_after" not in _report.late(facts, 0, 5.0, {}, 60.0)
 
 
 def test_late_while_all_work_in_different_scopes_says_so() -> None:

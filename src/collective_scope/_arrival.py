@@ -195,7 +195,7 @@ class Arrival(Registry):
                 self._body,
                 options.warn_after,
                 options.heartbeat_timeout,
-                Speaker(self.name, barrier.rank),
+                Speaker(self.name, barrier.rank, options.kill_after),
                 None if renewal is None else Revocation(renewal, self._thread, RevokedInterrupt, self._give_up),
                 self._path,
                 history=options.history,

@@ -28,6 +28,7 @@ MISSING_ADVICE = (
     "A missing rank is still in its body or a cleanup, is blocked in a collective that a rank which has arrived may\n"
     "  have skipped, or never came to this scope. Look first at a failure that is named above, then at its own log."
 )
+UNLIMITED_ADVICE = "If all are stuck, only a time limit of the group's own ends this: the scope has no kill_after."
 LOST_ADVICE = (
     "A process that ends without an exception has often said why on its own stderr: gloo aborts it, for example, if\n"
     "  the shapes of two ranks differ. faulthandler.enable() shows the line."
@@ -124,7 +125,7 @@ def cleanups_differ(verdict: Verdict) -> str:
     return "\n".join([f"{head}; {ran}", *_grouped(lists)])
 
 
-def late(verdict: Verdict, rank: int, left: float | None, said: dict[int, str]) -> str:
+def late(verdict: Verdict, rank: int, left: float | None, said: dict[int, str], kill_after: float | None = None) -> str:
     """
     Say, while there is still time, which ranks are late, and where they are.
 
@@ -132,6 +133,7 @@ def late(verdict: Verdict, rank: int, left: float | None, said: dict[int, str]) 
         verdict: The facts so far.
         rank: The rank that speaks.
         left: For how many seconds it waits for them yet; None if no rank has come to the barrier.
+        kill_after: When the process of a rank that is still in the scope is ended, in seconds from its entry, if at all.
         said: What was said of each rank before; updated. A rank that is where it was gets a few words.
     """
     ranks = sorted({*verdict.missing, rank}) if left is None else list(verdict.missing)
@@ -152,6 +154,10 @@ def late(verdict: Verdict, rank: int, left: float | None, said: dict[int, str]) 
     lines += _places(verdict, [each for each in ranks if each not in same], "where:  " if left is None else "missing:")
     if same:
         lines.append(f"  {_ranks(verdict, sorted(same))}: still where {'it was' if len(same) == 1 else 'they were'}")
+    if left is None and not same:
+        lines.append(
+            f"  {UNLIMITED_ADVICE if kill_after is None else f'kill_after ends this {kill_after:.1f} s after the entry.'}"
+        )
     if left is None and not same and _are_apart(rank, verdict.where):
         lines.append(f"  The ranks are in different scopes. {MISMATCH_ADVICE}")
     return "\n".join(lines)

@@ -24,10 +24,12 @@ class Speaker:
     Args:
         scope: Name of the scope.
         rank: The rank, within the group.
+        kill_after: How long the scope may last, in seconds, before the process is ended; None for ever.
     """
 
     scope: str
     rank: int
+    kill_after: float | None
     _said: dict[int, str] = attrs.field(factory=dict, init=False)
 
     def __call__(self, what: str, verdict: Verdict, left: float | None) -> None:
@@ -35,7 +37,7 @@ class Speaker:
         if what == "lost":
             text = _report.gone(verdict, self.rank)
         else:
-            text = _report.late(verdict, self.rank, left, self._said)
+            text = _report.late(verdict, self.rank, left, self._said, self.kill_after)
         try:
             logger.warning("%s", text, extra={"rank": self.rank, "scope": self.scope, "phase": what})
         except BaseException as broken:  # of a handler: it must not end the thread that looks after all scopes
