@@ -30,6 +30,7 @@ from collective_scope import (
     _teardown,
     collective_scope,
 )
+from collective_scope._report import UNLIMITED_ADVICE
 from tests.ranks import Sequencer
 from tests.stores import (
     LONG_S,
@@ -538,16 +539,20 @@ def test_scopes_of_a_process_without_more_threads_go_on(monkeypatch: pytest.Monk
 # Log messages
 
 
-@pytest.mark.parametrize("meets", [False, True], ids=["exit-only", "meets-at-entry"])
+@pytest.mark.parametrize(
+    ("meets", "kill_after", "limit"),
+    [(False, None, UNLIMITED_ADVICE), (True, LONG_S, "kill_after ends this 120.0 s after the entry.")],
+    ids=["exit-only", "meets-at-entry"],
+)
 def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_in_a_line(
-    caplog: pytest.LogCaptureFixture, *, meets: bool
+    caplog: pytest.LogCaptureFixture, kill_after: float | None, limit: str, *, meets: bool
 ) -> None:
-    """Where no rank comes to the end of the body, the log says so while it lasts, and where each rank is."""
+    """If no rank comes to the end of the body, the log says so while it lasts, where each rank is, and what ends it."""
     over = threading.Event()
     groups = _groups_on(dist.HashStore(), 2)
 
     def run(group: RankGroup) -> None:
-        with _scope(group, "s", warn_after=0.6, meet_at_entry=meets):
+        with _scope(group, "s", warn_after=0.6, meet_at_entry=meets, kill_after=kill_after):
             assert over.wait(PATIENCE_S)  # here they are
 
     def look() -> None:
@@ -561,6 +566,7 @@ def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_
 
     assert first.startswith("no rank of 2 has come to the exit of scope 's' for 0.")
     assert 2 == first.count("# here they are") == first.count("in the body of scope 's'")
+    assert first.endswith(f"\n  {limit}")
     assert second.splitlines()[1:] == ["  ranks 0 and 1: still where they were"]
     assert {"0"} == {str(getattr(record, "rank", "")) for record in caplog.records}
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from collective_scope import __version__
+from collective_scope.__main__ import nccl_advice
 
 
 CHECK = ("-m", "collective_scope", "check")
@@ -57,6 +59,23 @@ def test_check_without_numpy_is_well(tmp_path: Path) -> None:
 
     assert 0 == done.returncode, done.stderr
     assert "all well" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "advised"),
+    [
+        ({}, ["TORCH_NCCL_ASYNC_ERROR_HANDLING=0"]),
+        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}, []),
+        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_BLOCKING_WAIT": "0"}, []),
+        (
+            {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_NCCL_BLOCKING_WAIT": "1"},
+            ["TORCH_NCCL_ASYNC_ERROR_HANDLING=0", "TORCH_NCCL_BLOCKING_WAIT=0"],
+        ),
+    ],
+)
+def test_check_advises_settings_of_nccl_that_are_not_so(variables: dict[str, str], advised: list[str]) -> None:
+    """A variable that is unset has torch's default."""
+    assert advised == [line.partition(" ")[0] for line in nccl_advice(variables)]
 
 
 def test_check_of_anything_else_says_how_to_use_it() -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import unittest
 import weakref
@@ -34,12 +35,13 @@ from collective_scope import (
 )
 from collective_scope._failures import errors_of
 from collective_scope._notes import NOT_RUN
+from collective_scope._report import LOST_ADVICE
 from collective_scope._subtest_result import ExpectedFailure, ends_loop, judge_subtest
 from collective_scope._subtests_report import summary, write_junit
 from collective_scope.agreement.process import Place, Process
 from collective_scope.agreement.records import OK
 from collective_scope.agreement.text import type_name
-from tests.ranks import RankPool, here, values
+from tests.ranks import RankPool, here, run_ranks, values
 
 
 @pytest.fixture(scope="module", name="pool")
@@ -1060,6 +1062,60 @@ def _end_in(rank: int, world_size: int) -> tuple[str, str]:
         end = type(error).__name__
     world.destroy()
     return end, printed.getvalue()
+
+
+def _leave_one_out(rank: int, world_size: int) -> tuple[list[str], list[str], str]:
+    world = RenewableGroup(store=dist.PrefixStore("one out", here().new_store()), rank=rank, world_size=world_size)
+    printed = io.StringIO()
+    subtests = Subtests(world, file=printed, timeout=30)
+    with pytest.raises(ExceptionGroup), subtests:
+        for name in "abcd":
+            if name != "b" or rank == 0:
+                subtests.run(name, int)
+    world.destroy()
+    phases = [phase for _, phase in subtests.results[0].history]
+    return [result.status for result in subtests.results][:3], phases, printed.getvalue()
+
+
+def test_subtests_of_which_one_rank_leaves_one_out_are_refused_from_then_on(pool: RankPool) -> None:
+    """The ranks stay apart; the report says where. A rank that meets the others when the group is made is at the entry."""
+    (first, phases, printed), (second, _, _) = values(pool.run(_leave_one_out, timeout=60.0))
+
+    assert ["passed", "not run", "not run"] == first == second
+    assert "  ranks:    0 (scope 'b')\n            1 (scope 'c')\n" in printed
+    assert [
+        "at the entry of",
+        "in making the group of",
+        "at the entry of",
+        "in the body of",
+        "at the barrier of",
+    ] == phases
+
+
+def _send_more_than_is_received(rank: int, world_size: int) -> tuple[str, str]:
+    world = RenewableGroup(store=dist.PrefixStore("shapes", here().new_store()), rank=rank, world_size=world_size)
+    printed = io.StringIO()
+    with pytest.raises(ExceptionGroup), Subtests(world, file=printed, timeout=30, failure_timeout=30) as subtests:
+        with subtests.test("shapes"):
+            if rank == 0:
+                dist.send(torch.ones(32), 1)
+            else:
+                dist.recv(torch.ones(16), 0)
+        subtests.run("next", int)
+    return subtests.results[1].status, printed.getvalue()
+
+
+def test_subtests_of_which_gloo_aborts_a_rank_point_to_its_stderr_and_refuse_the_rest() -> None:
+    """A rank whose shape differs ends without a word to its peers; gloo has said why on the rank's own stderr."""
+    first, second = run_ranks(
+        2, _send_more_than_is_received, init=False, host="parent", expect_exit={1: -signal.SIGABRT}
+    )
+
+    status, printed = first.unwrap()
+    assert "not run" == status
+    assert "lost:     1" in printed
+    assert LOST_ADVICE.splitlines()[0] in printed
+    assert "gloo" in second.stderr
 
 
 def test_subtests_that_an_interrupt_ends_early_say_that_the_rest_has_not_run(pool: RankPool) -> None:

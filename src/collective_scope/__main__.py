@@ -13,7 +13,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,11 +83,19 @@ def check() -> bool:
     if torch.cuda.is_available() and dist.is_nccl_available():
         version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch has no types there
         print_once(f"GPUs         {torch.cuda.device_count()}, NCCL {version}")
-        for name, (default, why) in NCCL_SETTINGS.items():
-            if os.environ.get(name, default) != "0":
-                print_once(f"NCCL         {name}=0 for a RenewableGroup ({why})")
+        for advice in nccl_advice(os.environ):
+            print_once(f"NCCL         {advice}")
     print_once("not well" if broken else "all well")
     return not broken
+
+
+def nccl_advice(variables: Mapping[str, str]) -> list[str]:
+    """Return the settings of NCCL that a group which is revoked should have, and has not, by the environment's variables."""
+    return [
+        f"{name}=0 for a RenewableGroup ({why})"
+        for name, (default, why) in NCCL_SETTINGS.items()
+        if variables.get(name, default) != "0"
+    ]
 
 
 def exchange(store: dist.Store, facts: tuple[Any, ...]) -> list[Any]:

@@ -125,7 +125,7 @@ def collective_scope(
       left out of order or by another thread, or entered by *make* on the group that this makes;
     * ``TypeError`` if *group* is none of what is accepted, or has peers and no store that can be
       cloned; ``ValueError`` if it is a mesh of several dimensions, or was destroyed;
-    * what the *make* of a `RenewableGroup` raised, on the rank on which it did.
+    * the error of *make* of a `RenewableGroup`, on the rank on which it was raised.
 
     Whatever else went wrong is attached to it, as notes and as the attribute
     ``collective_scope_errors``. A ``KeyboardInterrupt`` or ``SystemExit`` that

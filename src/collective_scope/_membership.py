@@ -175,5 +175,5 @@ def _guess_server(store: Store, ranks: list[int], rank: int) -> int | None:
     """Return the rank, within the group, whose process serves the store, if not *rank*; None if none does. A guess."""
     if not isinstance(base_of(store), dist.TCPStore):
         return None
-    # Otherwise it is global rank 0 (torch/distributed/rendezvous.py), unless it was made by hand.
+    # Global rank 0 does (torch/distributed/rendezvous.py), unless a launcher does, or the store was made by hand.
     return None if launcher_serves_store() or 0 not in ranks or ranks.index(0) == rank else ranks.index(0)

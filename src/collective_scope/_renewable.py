@@ -150,7 +150,7 @@ class RenewableGroup:
 
         Raises:
             TimeoutError: If it takes longer than `DESTROY_S` seconds, or an abort of it does.
-            Exception: What *destroy* raised, unless the group was revoked before.
+            Exception: The error of *destroy*, unless the group was revoked before.
         """
         with self._left_alone():
             self._take_down()

@@ -1,5 +1,5 @@
 """
-Facts in, text out: what is said of several ranks, in errors and in the log.
+Facts in, text out: messages about several ranks, in errors and in the log.
 
 The first line of a message holds the fact and survives truncation; details
 follow, indented. Guesses are in sentences that say so.
@@ -28,7 +28,9 @@ MISSING_ADVICE = (
     "A missing rank is still in its body or a cleanup, is blocked in a collective that a rank which has arrived may\n"
     "  have skipped, or never came to this scope. Look first at a failure that is named above, then at its own log."
 )
-UNLIMITED_ADVICE = "If all are stuck, only a time limit of the group's own ends this: the scope has no kill_after."
+UNLIMITED_ADVICE = (
+    "If all are stuck, the group's own time limit ends this, or kill_after, which this scope does not have."
+)
 LOST_ADVICE = (
     "A process that ends without an exception has often said why on its own stderr: gloo aborts it, for example, if\n"
     "  the shapes of two ranks differ. faulthandler.enable() shows the line."
@@ -155,11 +157,10 @@ def late(verdict: Verdict, rank: int, left: float | None, said: dict[int, str], 
     if same:
         lines.append(f"  {_ranks(verdict, sorted(same))}: still where {'it was' if len(same) == 1 else 'they were'}")
     if left is None and not same:
-        lines.append(
-            f"  {UNLIMITED_ADVICE if kill_after is None else f'kill_after ends this {kill_after:.1f} s after the entry.'}"
-        )
-    if left is None and not same and _are_apart(rank, verdict.where):
-        lines.append(f"  The ranks are in different scopes. {MISMATCH_ADVICE}")
+        limit = UNLIMITED_ADVICE if kill_after is None else f"kill_after ends this {kill_after:.1f} s after the entry."
+        lines.append(f"  {limit}")
+        if _are_apart(rank, verdict.where):
+            lines.append(f"  The ranks are in different scopes. {MISMATCH_ADVICE}")
     return "\n".join(lines)
 
 
