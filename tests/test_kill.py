@@ -78,7 +78,7 @@ def _have_one_ended(rank: int, _world_size: int) -> tuple[str, str, float]:
             if rank == 2:
                 _work_until_it_is_gone(here().pids[1])
     except CollectiveScopeError as error:
-        return type(error).__name__, str(error), time.monotonic() - start
+        return type(error).__name__, f"{error}\n{error.verdict.outcomes[1].traceback}", time.monotonic() - start
     return "", "", 0.0
 
 
@@ -91,6 +91,7 @@ def test_kill_after_surveys_ranks_at_work_and_waiting_and_tells_them() -> None:
         assert PeerLostError.__name__ == kind
         assert "rank 1 of 3 lost" in text.splitlines()[0]
         assert "not left within 1.0 s; its process was ended" in text
+        assert "time.sleep(_STUCK_S)" in text.splitlines()[-1]
         assert took < 1.0 + SURVEY_S + 5
     report = stuck.stderr.split("kill_after=1.0 s", 1)[1]
     at_barrier, here_, at_work = (report.index(words) for words in ("rank 0: ", "rank 1 (this one): ", "rank 2: "))

@@ -705,7 +705,7 @@ def test_subtest_skipped_for_a_reason_that_reads_like_a_dead_group_lets_the_next
     """A closed connection is what a skip speaks of, not what became of the group."""
     with Subtests(file=io.StringIO()) as subtests:
         with subtests.test("a"):
-            subtests.skip("Connection closed by peer")
+            subtests.skip("no peer: [gloo/transport/tcp/pair.cc:544] Connection closed by peer")
         with subtests.test("b"):
             pass
 
@@ -1069,12 +1069,11 @@ def _leave_one_out(rank: int, world_size: int) -> tuple[list[str], list[str], st
     printed = io.StringIO()
     subtests = Subtests(world, file=printed, timeout=30)
     with pytest.raises(ExceptionGroup), subtests:
-        for name in "abcd":
-            if name != "b" or rank == 0:
-                subtests.run(name, int)
+        for name in "abc" if rank == 0 else "acd":  # as many on each, so that none waits at the end
+            subtests.run(name, int)
     world.destroy()
     phases = [phase for _, phase in subtests.results[0].history]
-    return [result.status for result in subtests.results][:3], phases, printed.getvalue()
+    return [result.status for result in subtests.results], phases, printed.getvalue()
 
 
 def test_subtests_of_which_one_rank_leaves_one_out_are_refused_from_then_on(pool: RankPool) -> None:
