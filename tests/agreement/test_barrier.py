@@ -35,7 +35,7 @@ from tests.stores import (
 SOON_S = 5.0
 """Longer than anything takes that does not wait for a timeout."""
 
-SHORT_S = 0.6
+SHORT_S = 2.0
 """A timeout that is meant to run out, long enough for a busy machine to start all ranks."""
 
 FAILED = Outcome("body", "ValueError", "no", "Traceback ...")
@@ -187,22 +187,28 @@ def test_barrier_last_rank_that_hangs_before_it_writes_the_verdict_is_not_missin
     rank_on: RankOn, thawed: threading.Event, outcome: Outcome
 ) -> None:
     """If all have come, and the rank that came last cannot say so, its peers find that by the count."""
-    store = dist.HashStore()
+    store, deciding, hanging = dist.HashStore(), threading.Event(), threading.Event()
 
-    def hook(method: str, key: str) -> None:
-        if method == "compare_set" and key == "0 scope/exit/v":
+    def hang(method: str, key: str) -> None:
+        if (method, key) == ("compare_set", "0 scope/exit/v"):
+            hanging.set()
             thawed.wait(PATIENCE_S)
 
+    def await_last(method: str, key: str) -> None:
+        if is_control() and (method, key) == ("add", "0 scope/exit/n"):
+            deciding.set()
+            assert hanging.wait(PATIENCE_S)
+
     def last() -> Verdict:
-        assert wait_until(lambda: is_waiting(store, 0))
+        assert deciding.wait(PATIENCE_S)
         return late.arrive(outcome=outcome)
 
     def first() -> Verdict:
-        verdict = early.arrive(timeout=0.5)
+        verdict = early.arrive(timeout=0.2)
         thawed.set()
         return verdict
 
-    early, late = rank_on(store, 0, 2), rank_on(HookedStore(store, hook), 1, 2)
+    early, late = rank_on(HookedStore(store, await_last), 0, 2), rank_on(HookedStore(store, hang), 1, 2)
     verdicts = at_once(first, last)
 
     assert verdicts[0] == verdicts[1]
@@ -866,7 +872,7 @@ def test_barrier_after_any_rounds_the_store_has_not_grown(
             ranks[number].arrive(f"{i} last")
 
     values(run_threads(2, run, timeout=60.0))
-    keys = {"life of 2", "collective_scope/news", "collective_scope/controls", f"collective_scope/beat/{me().key}"}
+    keys = {"life of 2", "collective_scope/news", f"collective_scope/beat/{me().key}"}
     keys |= {ranks[0].part.key(f"rank/{rank}") for rank in range(2)}
     keys |= {ranks[0].part.key(f"{rounds + i} last/exit/{each}") for i in range(3) for each in "nv"}
 

@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from collective_scope.agreement import control, process, watch
-from collective_scope.agreement.control import ENDED, WAITING_S
-from collective_scope.agreement.peers import NEWS
+from collective_scope.agreement.control import WAITING_S
+from collective_scope.agreement.peers import CONTROL, NEWS
 from collective_scope.agreement.process import Process, me
 from collective_scope.agreement.records import OK, Outcome, Record, Verdict
 from collective_scope.agreement.wait import GRACE_S, Wait
@@ -37,6 +37,9 @@ from tests.stores import (
 
 SOON_S = 5.0
 """Longer than anything takes that does not wait for a timeout."""
+
+ANSWER_S = 2.0
+"""A timeout that is meant to run out, long enough for a peer on a busy machine to answer a question."""
 
 FAILED = Outcome("body", "ValueError", "no", "Traceback ...")
 
@@ -73,7 +76,7 @@ def test_question_is_answered_with_the_place_of_the_rank(rank_on: RankOn) -> Non
 
     def wait() -> Verdict:
         assert wait_until(lambda: record_of(store, 1) is not None)
-        verdict = waiting.arrive(timeout=0.7)
+        verdict = waiting.arrive(timeout=ANSWER_S)
         over.set()
         return verdict
 
@@ -103,7 +106,7 @@ def test_question_to_a_rank_in_a_scope_of_another_group_is_answered_with_that(ra
 
     def wait() -> Verdict:
         assert wait_until(lambda: record_of(store, 1) is not None)
-        verdict = waiting.arrive(timeout=0.7)
+        verdict = waiting.arrive(timeout=ANSWER_S)
         over.set()
         return verdict
 
@@ -115,7 +118,7 @@ def test_question_to_a_rank_outside_of_any_scope_is_answered_with_the_one_it_lef
     store = dist.HashStore()
     ranks = [rank_on(store, rank, 2) for rank in range(2)]
     at_once(*(rank.arrive for rank in ranks))
-    verdict = ranks[0].arrive("1 next", timeout=0.7)
+    verdict = ranks[0].arrive("1 next", timeout=ANSWER_S)
 
     assert "outside of any scope, after scope 'scope'" == verdict.where[1].phase
 
@@ -126,7 +129,7 @@ def test_question_that_is_announced_and_comes_later_is_answered(rank_on: RankOn)
     rank = rank_on(store, 0, 2)
     rank.barrier.join()
     assert wait_until(lambda: record_of(store, 0) is not None and store.check([f"collective_scope/beat/{me().key}"]))
-    number = store.add(NEWS, 1)
+    number = store.add(NEWS, 1) % CONTROL
     looks = rank.control.heard_at
     assert wait_until(lambda: rank.control.heard_at > looks)
     store.set(f"{NEWS}/{number}", f"asked {rank.part.life} ")
@@ -210,7 +213,7 @@ def test_rank_that_has_left_its_group_is_known_by_its_last_word(rank_on: RankOn)
     at_once(*(rank.arrive for rank in ranks))
     ranks[1].barrier.leave("has destroyed its group after scope 'scope'")
     ranks[1].end()
-    verdict = ranks[0].arrive("1 next", timeout=0.7)
+    verdict = ranks[0].arrive("1 next", timeout=ANSWER_S)
 
     assert ((1,), ()) == (verdict.missing, verdict.lost)
     assert ("has destroyed its group after scope 'scope'", 0.0) == (verdict.where[1].phase, verdict.where[1].silence)
@@ -306,7 +309,7 @@ def test_rank_that_cannot_be_looked_at_is_not_lost(
     rank = rank_on(dist.HashStore(), 0, 2)
     tell_as(1, rank, Record(process=other.process))
     monkeypatch.setattr(process, "_stat", fail)
-    verdict = rank.arrive(timeout=0.7)
+    verdict = rank.arrive(timeout=ANSWER_S)
 
     assert ((1,), ()) == (verdict.missing, verdict.lost)
     other.kill()
@@ -513,8 +516,7 @@ def test_rank_without_more_threads_waits_no_longer_for_a_peer_that_failed(
 
 
 def _controls(store: dist.Store) -> int:
-    ended, begun = divmod(store.add("collective_scope/controls", 0), ENDED)
-    return begun - ended
+    return store.add(NEWS, 0) // CONTROL
 
 
 def _joined(ranks: list[Rank], store: dist.Store) -> None:
@@ -560,7 +562,7 @@ def test_host_of_the_store_waits_for_its_peers_a_short_time_only(
     store = dist.HashStore()
     host = rank_on(store, 0, 2, serves=True)
     _joined([host], store)
-    store.add("collective_scope/controls", 1)
+    store.add(NEWS, CONTROL)
     start = time.monotonic()
     host.control.close()
 
@@ -574,7 +576,7 @@ def test_host_of_the_store_does_not_wait_for_a_process_that_was_killed(rank_on: 
     host = rank_on(store, 0, 2, serves=True)
     _joined([host], store)
     host.part.records[1] = Record(process=other.process)
-    store.add("collective_scope/controls", 1)
+    store.add(NEWS, CONTROL)
     store.set(f"collective_scope/beat/{other.process.key}", "7")
     other.kill()
     assert wait_until(lambda: other.process.has_ended)
@@ -600,7 +602,7 @@ def test_host_of_the_store_waits_for_a_peer_although_another_has_left_and_ended(
     host.part.records[1] = Record(process=other.process)
     other.kill()
     assert wait_until(lambda: other.process.has_ended)
-    store.add("collective_scope/controls", 1)  # rank 2
+    store.add(NEWS, CONTROL)  # rank 2
     start = time.monotonic()
     host.control.close()
 
@@ -646,4 +648,4 @@ def test_item_of_the_news_goes_after_a_while(rank_on: RankOn, monkeypatch: pytes
     assert 2 == len(items())
     monkeypatch.setattr(control, "NEWS_S", 0.0)
     assert wait_until(lambda: not items(), SOON_S)
-    assert 2 == store.add(NEWS, 0)
+    assert 2 == store.add(NEWS, 0) % CONTROL

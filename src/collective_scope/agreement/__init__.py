@@ -48,13 +48,12 @@ life of {n}        the first rank that joins: a random word     with the last ra
                    the first, or among the first, to revoke
 {life}/{round}/v   the verdict; the first to write it wins      with ``n``; it stays if a rank was interrupted
                                                                 or gave up in the round
-news               a rank adds 1 for each item                  never: one key a store
+news               a rank adds 1 for each item; 2^42 counts     never: one key a store
+                   the control threads that there are
 news/{k}           the item: ``failed {life} {rank}``,          half a minute later, by its writer
                    ``lost {life} {rank}``, ``asked {life}
                    {round}``, ``revoked {life} {path}``, or
                    ``closing *``: the store's host leaves
 beat/{process}     the process's control thread, each second    when that thread ends
-controls           how many control threads have begun, and     never: one key a store
-                   how many of them have ended
 =================  ===========================================  ==========================================
 """

@@ -40,7 +40,7 @@ from torch.distributed import Store
 from .clock import monotonic, sleep
 from .life import ROOT
 from .part import Part
-from .peers import NEWS
+from .peers import CONTROL, NEWS
 from .process import NOBODY, Place, Process, me
 from .stacks import where_is
 from .store_thread import ABSENT, Failed, next_reply, peek, start_thread, unbounded
@@ -67,9 +67,6 @@ CLOSING_S = 5.0
 
 CLOSE_S = 0.5
 """How long a rank that destroys its last group waits for its control thread."""
-
-BEGUN, ENDED = 1, 2**32
-"""A control thread adds these to the count of them when it begins, and when it ends."""
 
 THAW_S = 0.3
 """How long a rank needs to say that it gave up, once the store answers again."""
@@ -159,7 +156,7 @@ class Control:
     def _run(self) -> None:
         try:
             store = unbounded(self._connect())
-            store.add(f"{ROOT}/controls", BEGUN)
+            store.add(NEWS, CONTROL)
             while not self._stop.is_set() and not (self._is_closing and self._is_idle()):
                 self._wake.clear()
                 self._look(store)
@@ -206,7 +203,7 @@ class Control:
 
     def _read_news(self, store: Store) -> dict[str, set[int]]:
         """Act on the news; return the ranks that have failed, by the life of their group."""
-        count, now = store.add(NEWS, 0), monotonic()
+        count, now = store.add(NEWS, 0) % CONTROL, monotonic()
         self.heard()
         is_first = self._seen < 0
         self._seen = max(count - OLD_NEWS, 0) if is_first else self._seen
@@ -269,14 +266,13 @@ class Control:
         self._note_processes()
         self._remove_news(store, math.inf)
         store.delete_key(f"{ROOT}/beat/{me().key}")
-        ended, begun = divmod(store.add(f"{ROOT}/controls", ENDED), ENDED)
-        if self.serves and ended < begun:
-            store.set(f"{NEWS}/{store.add(NEWS, 1)}", "closing *")
+        others = store.add(NEWS, -CONTROL) // CONTROL
+        if self.serves and others:
+            store.set(f"{NEWS}/{store.add(NEWS, 1) % CONTROL}", "closing *")
             deadline = monotonic() + CLOSING_S
-            # Those that begin from now on serve groups of later.
-            while ended + self._ended(store) < begun and monotonic() < deadline:
+            while others > self._ended(store) and monotonic() < deadline:
                 sleep(WAITING_S / 5)
-                ended = store.add(f"{ROOT}/controls", 0) // ENDED
+                others = store.add(NEWS, 0) // CONTROL
         self.broken = self.broken or RuntimeError("the process that serves the group's store has left")
 
     def _note_processes(self) -> None:

@@ -21,7 +21,7 @@ from torch.distributed import Store
 
 from .clock import monotonic, sleep
 from .life import join, leave
-from .peers import NEWS, Peers
+from .peers import CONTROL, NEWS, Peers
 from .process import Place
 from .records import Record, Verdict
 from .rounds import (
@@ -94,7 +94,7 @@ class Part(Peers):
 
     def publish(self, record: Record, store: Store) -> None:
         """Tell all ranks that this one failed."""
-        number = store.add(NEWS, 1)
+        number = store.add(NEWS, 1) % CONTROL
         self._published = (record.scope, number)
         self.tell(self._ordered(record), store)
         store.set(f"{NEWS}/{number}", f"failed {self.life} {self.rank}")

@@ -20,6 +20,9 @@ from .wait import Wait
 
 NEWS = f"{ROOT}/news"
 
+CONTROL = 2**42
+"""A control thread adds this to the count of the news when it begins, and takes it away when it ends."""
+
 
 @attrs.define(eq=False)
 class Peers:
@@ -98,7 +101,7 @@ class Peers:
 
     def announce(self, store: Store, item: str) -> int:
         """Write an item of the news; return its number."""
-        number = store.add(NEWS, 1)
+        number = store.add(NEWS, 1) % CONTROL
         store.set(f"{NEWS}/{number}", item)
         self.items.append((number, monotonic()))
         return number
