@@ -59,6 +59,11 @@ def _groups_on(store: dist.Store, world_size: int) -> list[RankGroup]:
     return [RankGroup(HookedStore(store, lambda *_: None), rank, world_size) for rank in range(world_size)]
 
 
+def _has_failed(store: dist.Store, rank: int) -> bool:
+    record = record_of(store, rank)
+    return record is not None and not record.outcome.ok
+
+
 # Ranks at different places
 
 
@@ -90,7 +95,7 @@ def test_scope_that_one_rank_left_out_is_a_mismatch_before_any_body_runs_beside_
             if (rank, number) == (1, 1):
                 continue
             try:
-                with _scope(group, f"scope {number}", meet_at_entry=True, failure_timeout=0.5):
+                with _scope(group, f"scope {number}", meet_at_entry=True, failure_timeout=2.0):
                     ran.append((number, rank))
             except CollectiveScopeError as error:
                 is_refused = "The body of this scope was not run." in str(error)
@@ -188,6 +193,7 @@ def test_scope_refused_because_ranks_failed_around_it_says_so_each_time() -> Non
             if rank:
                 msg = "no"
                 raise ValueError(msg)
+            assert wait_until(lambda: all(_has_failed(group.store, each) for each in (1, 2)))
             for _ in range(4):
                 with pytest.raises(PeerFailedError) as caught, _scope(group, "inner"):
                     pass
@@ -552,6 +558,8 @@ def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_
     groups = _groups_on(dist.HashStore(), 2)
 
     def run(group: RankGroup) -> None:
+        with _scope(group, "before"):  # the threads of all ranks are there now
+            pass
         with _scope(group, "s", warn_after=0.6, meet_at_entry=meets, kill_after=kill_after):
             assert over.wait(PATIENCE_S)  # here they are
 
@@ -564,7 +572,7 @@ def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_
     at_once(*(functools.partial(run, group) for group in groups), look)
     first, second = caplog.messages[:2]
 
-    assert first.startswith("no rank of 2 has come to the exit of scope 's' for 0.")
+    assert first.startswith("no rank of 2 has come to the exit of scope 's' for ")
     assert 2 == first.count("# here they are") == first.count("in the body of scope 's'")
     assert first.endswith(f"\n  {limit}")
     assert second.splitlines()[1:] == ["  ranks 0 and 1: still where they were"]
@@ -576,13 +584,15 @@ def test_scope_that_waits_says_which_rank_is_late_in_full_and_then_in_a_line(cap
     groups = _groups_on(dist.HashStore(), 2)
 
     def run(group: RankGroup) -> None:
+        with _scope(group, "before"):  # the threads of all ranks are there now
+            pass
         with _scope(group, "s", warn_after=0.6):
             assert group.rank == 0 or wait_until(lambda: len(caplog.messages) > 1)  # here it is
 
     at_once(*(functools.partial(run, group) for group in groups))
     first, second = caplog.messages[:2]
 
-    assert re.match(r"rank 0 has waited 0\.\d of 120\.0 s at the exit of scope 's'; rank 1 of 2 missing\n", first)
+    assert re.match(r"rank 0 has waited \d\.\d of 120\.0 s at the exit of scope 's'; rank 1 of 2 missing\n", first)
     assert "# here it is" in first
     assert "rank 1 of 2 still missing" in second
     assert "# here it is" not in second

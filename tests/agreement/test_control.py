@@ -488,9 +488,9 @@ def test_rank_without_more_threads_is_bounded_and_agrees(
     deny(name)
     rank = rank_on(store, 0, 2)
     start = time.monotonic()
-    verdict = rank.arrive(timeout=0.3)
+    verdict = rank.arrive(timeout=1.0)
 
-    assert 0.3 <= time.monotonic() - start < 0.3 + SOON_S
+    assert 1.0 <= time.monotonic() - start < 1.0 + SOON_S
     assert ((1,), "") == (verdict.missing, verdict.reason)
     assert verdict == late.arrive(timeout=2.0)
 

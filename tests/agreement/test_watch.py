@@ -40,6 +40,14 @@ WARN_S = 0.6
 RankOn = Callable[..., Rank]
 
 
+def _joined(ranks: list[Rank], store: dist.Store) -> list[Rank]:
+    """Return *ranks* once each can answer."""
+    for rank in ranks:
+        rank.barrier.join()
+    assert wait_until(lambda: all(record_of(store, rank.rank) is not None for rank in ranks))
+    return ranks
+
+
 def _kinds(rank: Rank) -> list[str]:
     return [what for what, _ in rank.said]
 
@@ -54,7 +62,7 @@ def test_warning_times_are_multiples_of_the_first_and_never_end() -> None:
 def test_rank_that_waits_says_which_ranks_are_late_and_where_they_are(rank_on: RankOn) -> None:
     """Each rank that waits says it, long before its deadline, and again."""
     store = dist.HashStore()
-    ranks = [rank_on(store, rank, 3) for rank in range(3)]
+    ranks = _joined([rank_on(store, rank, 3) for rank in range(3)], store)
 
     def be_late() -> Verdict:
         with ranks[2].scope():
@@ -175,7 +183,7 @@ def test_ranks_that_are_all_stuck_in_the_body_are_spoken_for_by_the_lowest(
 ) -> None:
     """Where no rank has come to the barrier, the lowest one says for all where each is, itself included."""
     store = dist.HashStore()
-    ranks = [rank_on(store, rank, 3) for rank in range(3)]
+    ranks = _joined([rank_on(store, rank, 3) for rank in range(3)], store)
 
     def work(rank: Rank) -> Verdict:
         with rank.scope(warn_after=WARN_S) as span:
