@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from collective_scope import _teardown
+from collective_scope.agreement import locate, watch
 from tests.ranks import RankPool, busy_cores
 
 
@@ -42,6 +43,13 @@ def _load(request: pytest.FixtureRequest) -> Iterator[None]:
 def _forget_default_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test see that an earlier one, in the same process, had a default group."""
     monkeypatch.setattr(_teardown, "_last_with_default_group", [])
+
+
+@pytest.fixture
+def patient_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give ranks that are asked where they are longer, for tests that a busy machine must not fail."""
+    for module in (locate, watch):
+        monkeypatch.setattr(module, "ANSWER_S", 2.0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

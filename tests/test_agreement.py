@@ -550,6 +550,7 @@ def test_scopes_of_a_process_without_more_threads_go_on(monkeypatch: pytest.Monk
     [(False, None, UNLIMITED_ADVICE), (True, LONG_S, "kill_after ends this 120.0 s after the entry.")],
     ids=["exit-only", "meets-at-entry"],
 )
+@pytest.mark.usefixtures("patient_questions")
 def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_in_a_line(
     caplog: pytest.LogCaptureFixture, kill_after: float | None, limit: str, *, meets: bool
 ) -> None:
@@ -579,6 +580,7 @@ def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_
     assert {"0"} == {str(getattr(record, "rank", "")) for record in caplog.records}
 
 
+@pytest.mark.usefixtures("patient_questions")
 def test_scope_that_waits_says_which_rank_is_late_in_full_and_then_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
     """A rank that waits names the late one, with the line where that is; later only that it has not moved."""
     groups = _groups_on(dist.HashStore(), 2)
@@ -598,6 +600,7 @@ def test_scope_that_waits_says_which_rank_is_late_in_full_and_then_in_a_line(cap
     assert "# here it is" not in second
 
 
+@pytest.mark.usefixtures("patient_questions")
 def test_scope_that_all_ranks_are_stuck_in_a_collective_cleanup_of_is_spoken_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -610,7 +613,7 @@ def test_scope_that_all_ranks_are_stuck_in_a_collective_cleanup_of_is_spoken_of(
             scope.collective_cleanup(over.wait, PATIENCE_S, name="free")
 
     def look() -> None:
-        wait_until(lambda: bool(caplog.messages), 3.0)
+        wait_until(lambda: bool(caplog.messages))
         over.set()
 
     at_once(*(functools.partial(run, group) for group in groups), look)

@@ -59,6 +59,7 @@ def test_warning_times_are_multiples_of_the_first_and_never_end() -> None:
     assert [110.0, 130.0, 160.0, 220.0, 340.0, 460.0, 580.0] == list(times)
 
 
+@pytest.mark.usefixtures("patient_questions")
 def test_rank_that_waits_says_which_ranks_are_late_and_where_they_are(rank_on: RankOn) -> None:
     """Each rank that waits says it, long before its deadline, and again."""
     store = dist.HashStore()
@@ -178,6 +179,7 @@ def test_rank_that_gives_up_says_where_all_are_that_have_answered(
 
 
 @pytest.mark.parametrize("meets_at_entry", [False, True])
+@pytest.mark.usefixtures("patient_questions")
 def test_ranks_that_are_all_stuck_in_the_body_are_spoken_for_by_the_lowest(
     rank_on: RankOn, *, meets_at_entry: bool
 ) -> None:
