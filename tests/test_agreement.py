@@ -623,14 +623,16 @@ def test_scope_that_all_ranks_are_stuck_in_a_collective_cleanup_of_is_spoken_of(
 
 def test_scope_to_which_a_rank_came_a_moment_before_the_timeout_does_not_miss_it() -> None:
     """A rank that is counted is not missing, also where one control thread is that of all ranks, which are threads."""
-    store, is_counted = dist.HashStore(), threading.Event()
+    store, is_counted, waits = dist.HashStore(), threading.Event(), list[str]()
 
     def hook(method: str, key: str) -> None:
         if method == "add" and key == "0 s/exit/n" and threading.current_thread().name == "collective_scope-control":
             is_deciding.set()
             assert is_counted.wait(PATIENCE_S)
-        if method == "wait" and is_deciding.is_set():
-            is_counted.set()
+        if (method, key) == ("wait", "0 s/exit/v"):
+            waits.append(key)
+            if len(waits) == len(groups):
+                is_counted.set()
 
     is_deciding = threading.Event()
     groups = [RankGroup(HookedStore(store, hook), rank, 3) for rank in range(2)]  # each with a control thread
