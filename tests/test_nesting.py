@@ -534,7 +534,7 @@ def test_scope_whose_rank_failed_around_one_that_had_timed_out_meets_its_peers()
             if rank == 1:
                 sequencer.wait_for("the others have given up")
                 raise _error
-            with _scope(group, "inner", timeout=0.2) as inner:
+            with _scope(group, "inner", timeout=1.0) as inner:
                 inner.after_barrier(sequencer.announce, "the others have given up", even_if_missing=True)
         return caught.value, outer.verdict, _next_ones(group)
 

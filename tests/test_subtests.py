@@ -452,7 +452,7 @@ def _over_budget(rank: int, _world_size: int) -> tuple[Seen, list[str], float]:
         ran.append("b")
 
     printed = io.StringIO()
-    subtests = Subtests(budget=0.2, file=printed, timeout=1, failure_timeout=1)
+    subtests = Subtests(budget=0.2, file=printed, timeout=2, failure_timeout=2)
     end = ""
     try:
         with subtests:
