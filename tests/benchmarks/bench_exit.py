@@ -7,7 +7,7 @@ can cost: ``add`` to the count and ``get`` of the verdict, on a second thread, a
 * ``tight``: many calls in a row; microseconds a call on the slowest rank, median over batches.
 * ``once``: one call after a body of 3 ms, so that no rank is hot; microseconds from the last arrival
   to the last release, which is what a test suite pays; median.
-* ``simulated``: up to 1 024 ranks, threads that run the real agreement over one TCPStore.
+* ``simulated``: up to 1 024 ranks, threads that run the real agreement, or the floor, over one TCPStore.
 * ``far``: two ranks on two hosts, network namespaces, with a delay between them.
 
 Prints a table; ``--json FILE`` writes the figures, ``--plot FILE`` draws them (matplotlib, extra ``benchmark``).
@@ -199,15 +199,22 @@ def measure(world_size: int, batches: int) -> dict[str, Figures]:
 # Simulated ranks
 
 
-def simulate(world_size: int, rounds: int = 20) -> float:
+def simulate(world_size: int, rounds: int = 20, *, floor: bool = False) -> float:
     """Return microseconds a rank and round, of ranks that are threads of two processes and one TCPStore."""
     server = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     result = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(run_simulated, (world_size, server.port, rounds, result), nprocs=2)
+    mp.spawn(run_simulated, (world_size, server.port, rounds, floor, result), nprocs=2)
     return max(result.get(), result.get())
 
 
-def run_simulated(process: int, world_size: int, port: int, rounds: int, result: SimpleQueue[Any]) -> None:
+def run_simulated(  # noqa: PLR0917  (passed on by mp.spawn)
+    process: int,
+    world_size: int,
+    port: int,
+    rounds: int,
+    floor: bool,  # noqa: FBT001  (passed on by mp.spawn)
+    result: SimpleQueue[Any],
+) -> None:
     threading.stack_size(256 * 1024)
     store = dist.TCPStore(LOOPBACK, port, wait_for_workers=False)
     ranks = range(process, world_size, 2)
@@ -220,6 +227,12 @@ def run_simulated(process: int, world_size: int, port: int, rounds: int, result:
         for number in range(rounds + 2):
             if number in (2, rounds + 1):
                 barrier.wait()
+            if floor:
+                if client.add(f"floor/{number}/n", 1) == world_size:
+                    client.compare_set(f"floor/{number}/v", "", "ok")
+                else:
+                    client.get(f"floor/{number}/v")
+                continue
             now = time.monotonic()
             record = Record(f"{number} simulated", "exit", arrived=True)
             part.attend(Wait(record, now, now + 600, 60, None, replies), is_looked_after=True, store=client)
@@ -317,8 +330,10 @@ def main() -> int:
         results["ranks"][str(world_size)] = figures = measure(world_size, args.batches)
         print(*rows_of(f"{world_size} ranks", figures), sep="\n", flush=True)
     for world_size in args.simulated:
-        results["simulated"][str(world_size)] = taken = simulate(world_size)
-        print(f"{world_size} simulated ranks: {taken:.1f} a rank and round", flush=True)
+        taken = {"scope": simulate(world_size), "floor": simulate(world_size, floor=True)}
+        results["simulated"][str(world_size)] = taken
+        text = " | ".join(f"{name} {value:.1f}" for name, value in taken.items())
+        print(f"{world_size} simulated ranks, a rank and round: {text}", flush=True)
     for delay in args.far:
         try:
             results["far"][str(delay)] = figures = measure_far(delay, args.batches // 4)
