@@ -149,6 +149,22 @@ def test_question_after_many_items_is_answered(rank_on: RankOn, count: int) -> N
     assert wait_until(lambda: (record := record_of(store, 0)) is not None and record.answered >= numbers[-1], SOON_S)
 
 
+def test_question_in_a_world_of_a_million_processes_is_answered(rank_on: RankOn) -> None:
+    """The count of the news and that of the control threads share a key, and neither reaches the other."""
+    store = dist.HashStore()
+    store.add(NEWS, 1_000_000 * CONTROL + 10**12)
+    asking, rank = (rank_on(store, rank, 2) for rank in range(2))
+    rank.barrier.join()
+    assert wait_until(lambda: record_of(store, 1) is not None and _controls(store) == 1_000_002)
+    number = asking.part.announce(store, f"asked {rank.part.life} ")
+
+    assert 10**12 + 1 == number
+    assert wait_until(lambda: (record := record_of(store, 1)) is not None and record.answered == number, SOON_S)
+    rank.control.close()
+    assert wait_until(lambda: _has_ended(rank))
+    assert (1_000_001, 10**12 + 1) == divmod(store.add(NEWS, 0), CONTROL)  # the one that asks is there
+
+
 def test_survey_tells_where_all_ranks_are(rank_on: RankOn) -> None:
     """A process that is about to end learns where each rank is, at work or at the barrier."""
     store, over = dist.HashStore(), threading.Event()
