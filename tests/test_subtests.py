@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import unittest
@@ -1081,7 +1082,8 @@ def test_subtests_of_which_one_rank_leaves_one_out_are_refused_from_then_on(pool
     (first, phases, printed), (second, _, _) = values(pool.run(_leave_one_out, timeout=60.0))
 
     assert ["passed", "not run", "not run"] == first == second
-    assert "  ranks:    0 (scope 'b')\n            1 (scope 'c')\n" in printed
+    # Rank 1 may have been refused, and be at its next one, when rank 0 sees where it is.
+    assert re.search(r"  ranks:    0 \(scope 'b'\)\n            1 \(scope '[cd]'\)\n", printed)
     assert [
         "at the entry of",
         "in making the group of",
