@@ -49,6 +49,9 @@ from tests.stores import (
 SOON_S = 5.0
 """Longer than anything takes that does not wait for a timeout."""
 
+ANSWER_S = 2.0
+"""How long ranks that are asked where they are have to answer, with `patient_questions`."""
+
 
 def _scope(group: Any, name: str = "scope", **options: Any) -> CollectiveScope:
     return collective_scope(group, name=name, **{"timeout": LONG_S, "failure_timeout": LONG_S, **options})
@@ -573,7 +576,9 @@ def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_
     at_once(*(functools.partial(run, group) for group in groups), look)
     first, second = caplog.messages[:2]
 
-    assert first.startswith("no rank of 2 has come to the exit of scope 's' for ")
+    said = re.match(r"no rank of 2 has come to the exit of scope 's' for (\d\.\d) s\n", first)
+    assert said is not None
+    assert 0.6 <= float(said[1]) < 0.6 + ANSWER_S + SOON_S
     assert 2 == first.count("# here they are") == first.count("in the body of scope 's'")
     assert first.endswith(f"\n  {limit}")
     assert second.splitlines()[1:] == ["  ranks 0 and 1: still where they were"]
@@ -594,7 +599,9 @@ def test_scope_that_waits_says_which_rank_is_late_in_full_and_then_in_a_line(cap
     at_once(*(functools.partial(run, group) for group in groups))
     first, second = caplog.messages[:2]
 
-    assert re.match(r"rank 0 has waited \d\.\d of 120\.0 s at the exit of scope 's'; rank 1 of 2 missing\n", first)
+    said = re.match(r"rank 0 has waited (\d\.\d) of 120\.0 s at the exit of scope 's'; rank 1 of 2 missing\n", first)
+    assert said is not None
+    assert 0.6 <= float(said[1]) < 0.6 + ANSWER_S + SOON_S
     assert "# here it is" in first
     assert "rank 1 of 2 still missing" in second
     assert "# here it is" not in second

@@ -41,7 +41,7 @@ class CollectiveScope(Entry):
         name: What the scope is called in messages.
 
         verdict:
-            After the exit: what every rank did, the same on every rank. None
+            After the exit: each rank's part, the same on every rank. None
             before it, and if this rank was interrupted at the barrier.
     """
 

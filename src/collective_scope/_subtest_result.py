@@ -42,7 +42,7 @@ class SubtestResult:
         status: What became of it.
         reason: Why it was skipped, failed as expected, or did not run.
         error: The error that this rank raised; the frames that it came through have lost their locals.
-        verdict: What every rank did.
+        verdict: Each rank's part in it.
         began: When it began on this rank, on the monotonic clock, in seconds.
         seconds: How long it took there.
         waited: Seconds that ranks waited in it for others that did not come.

@@ -36,7 +36,7 @@ class CollectiveScopeError(Exception):
     Base of what this library raises at the exit, or the entry, of a scope.
 
     Attributes:
-        verdict: What every rank did; the same on every rank, unless the store did not answer.
+        verdict: Each rank's part in the scope; the same on every rank, unless the store did not answer.
     """
 
     verdict: Verdict

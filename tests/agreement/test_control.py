@@ -158,11 +158,14 @@ def test_question_in_a_world_of_a_million_processes_is_answered(rank_on: RankOn)
     assert wait_until(lambda: record_of(store, 1) is not None and _controls(store) == 1_000_002)
     number = asking.part.announce(store, f"asked {rank.part.life} ")
 
+    asking.publish(FAILED)
+
     assert 10**12 + 1 == number
+    assert wait_until(lambda: store.check([f"{NEWS}/{10**12 + 2}"]))
     assert wait_until(lambda: (record := record_of(store, 1)) is not None and record.answered == number, SOON_S)
     rank.control.close()
     assert wait_until(lambda: _has_ended(rank))
-    assert (1_000_001, 10**12 + 1) == divmod(store.add(NEWS, 0), CONTROL)  # the one that asks is there
+    assert (1_000_001, 10**12 + 2) == divmod(store.add(NEWS, 0), CONTROL)  # the one that asks is there
 
 
 def test_survey_tells_where_all_ranks_are(rank_on: RankOn) -> None:
@@ -545,8 +548,9 @@ def _has_ended(rank: Rank) -> bool:
     return rank.control.broken is not None
 
 
-def test_host_of_the_store_leaves_last(rank_on: RankOn) -> None:
+def test_host_of_the_store_leaves_last(rank_on: RankOn, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that serves the store stays while a peer waits at a barrier, and goes when all have left."""
+    monkeypatch.setattr(control, "CLOSING_S", LONG_S)  # it does not go because that is over
     store = dist.HashStore()
     host, *peers = ranks = [rank_on(store, rank, 3, serves=rank == 0) for rank in range(3)]
     _joined(ranks, store)

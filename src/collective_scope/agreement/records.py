@@ -148,7 +148,7 @@ class Record:
 @attrs.frozen(repr=False)
 class Verdict:
     """
-    What every rank did in one scope; the same on every rank, unless the store did not answer: *reason* says so.
+    Each rank's part in one scope; the same on every rank, unless the store did not answer: *reason* says so.
 
     Each rank is in exactly one of *arrived*, *missing* and *lost*.
 
