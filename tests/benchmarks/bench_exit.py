@@ -8,11 +8,12 @@ can cost: ``add`` to the count and ``get`` of the verdict, on a second thread, a
 * ``once``: one call after a body of 3 ms, so that no rank is hot; microseconds from the last arrival
   to the last release, which is what a test suite pays; median.
 * ``simulated``: up to 1 024 ranks, threads that run the real agreement, or the floor, over one TCPStore.
+* ``mpi``: the same in an MPI job, with mpi4py's barrier, which keeps a core busy while it waits.
 * ``far``: two ranks on two hosts, network namespaces, with a delay between them.
 
 Prints a table; ``--json FILE`` writes the figures, ``--plot FILE`` draws them (matplotlib, extra ``benchmark``).
 
-Run: ``python -m tests.benchmarks.bench_exit [--ranks 2 4 8 16] [--batches 40] [--simulated 64 1024] [--far 1 10]``
+Run: ``python -m tests.benchmarks.bench_exit [--ranks 2 4 8 16] [--batches 40] [--simulated 64 1024] [--mpi 2] [--far 1 10]``
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -114,6 +117,8 @@ def cases_of(store: dist.Store, rank: int, world_size: int) -> dict[str, tuple[C
     }
     if not torch.cuda.is_available():
         cases["monitored_barrier"] = (functools.partial(dist.monitored_barrier, timeout=timedelta(seconds=60)), 5)
+    if "mpi4py.MPI" in sys.modules:
+        cases["mpi4py barrier"] = (sys.modules["mpi4py.MPI"].COMM_WORLD.Barrier, 20)
     if hasattr(dist.Store, "barrier"):  # torch 2.12 and newer
         cases["Store.barrier"] = (
             numbered(lambda n: store.barrier(f"store/{n}", world_size, timedelta(seconds=60))),  # type: ignore[attr-defined]  # missing in torch's stubs
@@ -194,6 +199,31 @@ def measure(world_size: int, batches: int) -> dict[str, Figures]:
     result = mp.get_context("spawn").SimpleQueue()
     mp.spawn(run_rank, (world_size, LOOPBACK, server.port, batches, result), nprocs=world_size)
     return result.get()  # type: ignore[no-any-return]  # of the type that was put in
+
+
+# An MPI job
+
+
+def measure_mpi(world_size: int, batches: int) -> dict[str, Figures]:
+    """Return the figures of the ranks of an MPI job, those of the other barriers included."""
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.defpath}") or "mpirun"
+    launcher = [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", str(world_size)]
+    rank = [sys.executable, "-m", "tests.benchmarks.bench_exit", "--rank-of-mpi", str(batches)]
+    done = subprocess.run([*launcher, *rank], stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]  # of the type that was put in
+
+
+def run_rank_of_mpi(batches: int) -> None:
+    from mpi4py import MPI  # noqa: PLC0415  (the import begins MPI)
+
+    comm = MPI.COMM_WORLD
+    server = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
+    result: SimpleQueue[Any] = SimpleQueue()
+    run_rank(comm.rank, comm.size, LOOPBACK, comm.bcast(server and server.port), batches, result)
+    if comm.rank == 0:
+        print(json.dumps(result.get()), flush=True)
+    comm.Barrier()
+    del server
 
 
 # Simulated ranks
@@ -310,25 +340,38 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def run_as_rank(args: argparse.Namespace) -> bool:
+    """Be one of the ranks that this program has started itself, if it is; return whether."""
+    if args.rank_of_mpi:
+        run_rank_of_mpi(args.rank_of_mpi)
+    elif args.rank_of_two:
+        rank, address, port, batches = args.rank_of_two
+        run_rank_of_two(int(rank), address, int(port), int(batches))
+    return bool(args.rank_of_mpi or args.rank_of_two)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--simulated", type=int, nargs="*", default=[])
+    parser.add_argument("--mpi", type=int, nargs="*", default=[])
     parser.add_argument("--far", type=float, nargs="*", default=[], metavar="MS")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--rank-of-two", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-of-mpi", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank_of_two:
-        rank, address, port, batches = args.rank_of_two
-        run_rank_of_two(int(rank), address, int(port), int(batches))
+    if run_as_rank(args):
         return 0
-    results: dict[str, Any] = {"ranks": {}, "simulated": {}, "far": {}}
+    results: dict[str, Any] = {"ranks": {}, "simulated": {}, "mpi": {}, "far": {}}
     print("microseconds (scope / this):", flush=True)
     for world_size in args.ranks:
         results["ranks"][str(world_size)] = figures = measure(world_size, args.batches)
         print(*rows_of(f"{world_size} ranks", figures), sep="\n", flush=True)
+    for world_size in args.mpi:
+        results["mpi"][str(world_size)] = figures = measure_mpi(world_size, args.batches)
+        print(*rows_of(f"{world_size} ranks of MPI", figures), sep="\n", flush=True)
     for world_size in args.simulated:
         taken = {"scope": simulate(world_size), "floor": simulate(world_size, floor=True)}
         results["simulated"][str(world_size)] = taken
