@@ -7,10 +7,16 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from collective_scope import _teardown
-from collective_scope.agreement import locate, watch
+from collective_scope.agreement import barrier, control, locate, watch
 from tests.ranks import RankPool, busy_cores
+
+
+# A machine that stands still for a moment makes no example slow.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", name="rank_pools")
@@ -45,11 +51,14 @@ def _forget_default_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_teardown, "_last_with_default_group", [])
 
 
-@pytest.fixture
-def patient_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give ranks that are asked where they are longer, for tests that a busy machine must not fail."""
+@pytest.fixture(autouse=True)
+def _patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give ranks that are threads longer to answer, and their stores too, so that a busy machine fails no test."""
     for module in (locate, watch):
         monkeypatch.setattr(module, "ANSWER_S", 2.0)
+    if request.node.get_closest_marker("frozen_store") is None:
+        for module in (barrier, control, watch):
+            monkeypatch.setattr(module, "GRACE_S", 10.0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -50,7 +50,7 @@ SOON_S = 5.0
 """Longer than anything takes that does not wait for a timeout."""
 
 ANSWER_S = 2.0
-"""How long ranks that are asked where they are have to answer, with `patient_questions`."""
+"""How long ranks that are asked where they are have to answer, in these tests."""
 
 
 def _scope(group: Any, name: str = "scope", **options: Any) -> CollectiveScope:
@@ -553,7 +553,6 @@ def test_scopes_of_a_process_without_more_threads_go_on(monkeypatch: pytest.Monk
     [(False, None, UNLIMITED_ADVICE), (True, LONG_S, "kill_after ends this 120.0 s after the entry.")],
     ids=["exit-only", "meets-at-entry"],
 )
-@pytest.mark.usefixtures("patient_questions")
 def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_in_a_line(
     caplog: pytest.LogCaptureFixture, kill_after: float | None, limit: str, *, meets: bool
 ) -> None:
@@ -585,7 +584,6 @@ def test_scope_that_all_ranks_are_stuck_in_is_spoken_of_by_one_in_full_and_then_
     assert {"0"} == {str(getattr(record, "rank", "")) for record in caplog.records}
 
 
-@pytest.mark.usefixtures("patient_questions")
 def test_scope_that_waits_says_which_rank_is_late_in_full_and_then_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
     """A rank that waits names the late one, with the line where that is; later only that it has not moved."""
     groups = _groups_on(dist.HashStore(), 2)
@@ -607,7 +605,6 @@ def test_scope_that_waits_says_which_rank_is_late_in_full_and_then_in_a_line(cap
     assert "# here it is" not in second
 
 
-@pytest.mark.usefixtures("patient_questions")
 def test_scope_that_all_ranks_are_stuck_in_a_collective_cleanup_of_is_spoken_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -735,7 +732,7 @@ def _play(plan: _Plan, rank: int, group: RankGroup, sequencer: Sequencer, turns:
     return scope.verdict, calls, raised
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_schedules)
 def test_scope_any_schedule_gives_all_ranks_one_verdict_and_runs_each_cleanup_once(plans: list[_Plan]) -> None:
     """Any failures, any order of arrival: one verdict, all ranks raise or none, each cleanup once, in order."""
@@ -770,7 +767,7 @@ def test_scope_any_schedule_gives_all_ranks_one_verdict_and_runs_each_cleanup_on
             assert any(isinstance(error, CleanupMismatchError) for error in told)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.sampled_from(["ok", "fails", "skips the scope"]), min_size=3, max_size=3), max_size=5))
 def test_scope_that_meets_at_entry_never_runs_a_body_beside_another_one(plays: list[list[str]]) -> None:
     """Scope after scope, whichever rank fails or leaves one out: bodies of different scopes never overlap."""

@@ -108,7 +108,7 @@ def _play(
     return run, caught
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_programs)
 def test_scope_alone_runs_any_program_like_an_exit_stack(program: tuple[list[_Step], bool]) -> None:
     """Order, arguments, what is registered meanwhile, and what context managers see are those of an `ExitStack`."""

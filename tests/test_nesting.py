@@ -652,7 +652,7 @@ def _run_node(node: _Node, path: str, rank: int, group: RankGroup, seen: dict[st
         seen[path] = scope.verdict, has_begun
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_nodes(_nodes(_nodes())), min_size=1, max_size=2))
 @example(
     # At its third child, rank 0 is outside as well: the verdict of the second one must not stand for it.

@@ -624,6 +624,35 @@ def test_interrupt_of_a_waiting_rank_ends_the_wait_of_all(pool: str, victim: int
     assert all(after.is_ok for _, after, _ in results)
 
 
+def _stop_past_its_time(rank: int, world_size: int) -> tuple[Left, Left]:  # noqa: ARG001  (given to every function of a rank)
+    pid = here().pids[0]
+
+    def body(scope: CollectiveScope) -> None:
+        if rank == 0:
+            _announce_at_barrier("rank 0 waits", scope)
+            return
+        here().wait_for("rank 0 waits")
+        freeze(pid)
+        time.sleep(_FREEZE_S + 2.0)  # the standstill itself: longer than a rank waits for its peers, and for the store
+        thaw(pid)
+        here().wait_for("rank 0 has left")
+
+    left = _leave(collective_scope(name="stopped", timeout=_FREEZE_S), body)
+    here().announce(f"rank {rank} has left")
+    return left, _leave_next()
+
+
+def test_rank_that_stands_still_past_its_time_does_not_take_the_store_for_frozen(run: Run) -> None:
+    """A rank whose process has stood still finds that its peer is missing, and that one reads the same."""
+    (left, after), (left_1, after_1) = run("2", _stop_past_its_time)
+
+    assert left.verdict is not None
+    assert left.verdict == left_1.verdict
+    assert ((1,), "") == (left.verdict.missing, left.verdict.reason)
+    assert after.is_ok
+    assert after_1.is_ok
+
+
 def _stop_after_arriving(rank: int, world_size: int) -> tuple[Left, float]:  # noqa: ARG001  (given to every function of a rank)
     pid = here().pids[1]
 
@@ -1226,15 +1255,12 @@ def _resident_bytes() -> int:
 
 
 def _settled_keys(store: dist.Store, expected: list[str] | None = None) -> list[str]:
-    """Return the keys when they have not changed for a while; in time, as many as *expected*."""
-    keys, since, until = store.list_keys(), time.monotonic(), time.monotonic() + 20.0
-    while time.monotonic() < (since + 0.7 if expected is None else until):
-        if expected is not None and len(keys) == len(expected):
-            break
+    """Return the keys when many looks in a row have found no other number; in time, as many as *expected*."""
+    keys, same, until = store.list_keys(), 0, time.monotonic() + 20.0
+    while same < 35 if expected is None else len(keys) != len(expected) and time.monotonic() < until:
         time.sleep(0.02)  # Keys are removed when there is nothing else to do.
-        if len(now := store.list_keys()) != len(keys):
-            since = time.monotonic()
-        keys = now
+        now = store.list_keys()
+        same, keys = same + 1 if len(now) == len(keys) else 0, now
     return sorted(keys)
 
 

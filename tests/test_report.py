@@ -510,7 +510,10 @@ def test_late_ranks_are_told_in_full_once_and_then_in_few_words() -> None:
     """The first warning has places and stacks; the next says that nothing has changed, and a later one what has."""
     said: dict[int, str] = {}
     facts = _verdict(3, outcomes={0: OK}, missing=(1, 2), where={1: _place(), 2: _place()})
-    moved = attrs.evolve(facts, where={1: _place(), 2: _place("outside of any scope", "")})
+    # A rank that polls runs at one look and sleeps at another.
+    moved = attrs.evolve(
+        facts, where={1: attrs.evolve(_place(), state="running"), 2: _place("outside of any scope", "")}
+    )
     first, second, third = (
         _report.late(attrs.evolve(facts, timeout=seconds), 0, 300 - seconds, said).splitlines()
         for facts, seconds in ((facts, 10.2), (facts, 30.2), (moved, 60.2))

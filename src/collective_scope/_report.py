@@ -282,7 +282,7 @@ def _place(place: Place) -> str:
 
 def _key(place: Place) -> str:
     """Return what is the same as long as a rank does not move."""
-    return f"{place.state} {place.phase} {place.frames}"
+    return f"{place.phase} {place.frames}" if place.phase else place.state
 
 
 def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:

@@ -401,6 +401,7 @@ def test_barrier_mismatch_is_told_to_ranks_that_come_later_too(rank_on: RankOn) 
 # Stores that hang, are slow, or are gone
 
 
+@pytest.mark.frozen_store
 @pytest.mark.parametrize(
     ("method", "number"),
     [
@@ -439,6 +440,7 @@ def test_barrier_call_of_the_store_thread_that_hangs_is_bounded(
     assert (True, False) == (1 in verdict.missing, in_step)
 
 
+@pytest.mark.frozen_store
 def test_barrier_store_that_hangs_altogether_is_bounded(rank_on: RankOn, thawed: threading.Event) -> None:
     """When no call to the store comes back, a rank leaves soon after its deadline, and says why it knows nothing."""
     rank = rank_on(HookedStore(dist.HashStore(), lambda *_: thawed.wait(PATIENCE_S)), 1, 3)
@@ -451,6 +453,7 @@ def test_barrier_store_that_hangs_altogether_is_bounded(rank_on: RankOn, thawed:
     assert not rank.barrier.in_step
 
 
+@pytest.mark.frozen_store
 def test_barrier_store_that_hangs_once_a_failure_is_known_is_bounded_by_failure_timeout(
     rank_on: RankOn, thawed: threading.Event
 ) -> None:
@@ -478,6 +481,7 @@ def test_barrier_store_that_hangs_once_a_failure_is_known_is_bounded_by_failure_
     assert (1,) == verdict.missing
 
 
+@pytest.mark.frozen_store
 @pytest.mark.parametrize("is_met", [False, True], ids=["before-they-met", "after-they-met"])
 def test_barrier_works_again_after_the_store_has_hung(rank_on: RankOn, *, is_met: bool) -> None:
     """When the store answers again, so does the barrier: also if two of the rank's threads come to join by then."""
@@ -521,6 +525,7 @@ def test_barrier_works_again_after_the_store_has_hung(rank_on: RankOn, *, is_met
     assert [True, True] == [verdict.ok for verdict in verdicts]
 
 
+@pytest.mark.frozen_store
 def test_barrier_rank_that_gave_up_before_the_store_heard_of_it_lets_no_peer_go_well(
     rank_on: RankOn, thawed: threading.Event
 ) -> None:
@@ -587,6 +592,7 @@ def test_barrier_what_a_thread_that_was_left_behind_has_to_tell_is_void(
     assert {0: "of the second scope"} == {r: outcome.message for r, outcome in verdicts[0].failures.items()}
 
 
+@pytest.mark.frozen_store
 def test_barrier_store_that_is_slow_has_as_long_as_the_wait(rank_on: RankOn) -> None:
     """Before the deadline, a store that does not answer for a while is not taken for frozen."""
     store, is_slow = dist.HashStore(), threading.Event()
@@ -612,8 +618,8 @@ def test_barrier_store_that_answers_each_call_slowly_is_not_taken_for_frozen(
     rank_on: RankOn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank that reads the records of a large group, to decide, takes longer than one answer may, and is patient."""
-    monkeypatch.setattr(barrier, "GRACE_S", 0.3)
-    rank = rank_on(HookedStore(dist.HashStore(), lambda *_: threading.Event().wait(0.03)), 0, 16)
+    monkeypatch.setattr(barrier, "GRACE_S", 0.6)
+    rank = rank_on(HookedStore(dist.HashStore(), lambda *_: threading.Event().wait(0.06)), 0, 16)
     verdict = rank.arrive(timeout=0.5)
 
     assert (tuple(range(1, 16)), "") == (verdict.missing, verdict.reason)

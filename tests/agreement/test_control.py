@@ -54,6 +54,7 @@ BEATS = f"collective_scope/beat/{ELSEWHERE.key}"
 # Questions and answers
 
 
+@pytest.mark.frozen_store
 def test_pause_of_a_control_thread_in_a_large_group_is_no_silence_of_the_store(rank_on: RankOn) -> None:
     """It looks less often the larger the group is, and more often than a store may be silent that works."""
     rank = rank_on(dist.HashStore(), 0, 100_000)

@@ -59,7 +59,6 @@ def test_warning_times_are_multiples_of_the_first_and_never_end() -> None:
     assert [110.0, 130.0, 160.0, 220.0, 340.0, 460.0, 580.0] == list(times)
 
 
-@pytest.mark.usefixtures("patient_questions")
 def test_rank_that_waits_says_which_ranks_are_late_and_where_they_are(rank_on: RankOn) -> None:
     """Each rank that waits says it, long before its deadline, and again."""
     store = dist.HashStore()
@@ -179,7 +178,6 @@ def test_rank_that_gives_up_says_where_all_are_that_have_answered(
 
 
 @pytest.mark.parametrize("meets_at_entry", [False, True])
-@pytest.mark.usefixtures("patient_questions")
 def test_ranks_that_are_all_stuck_in_the_body_are_spoken_for_by_the_lowest(
     rank_on: RankOn, *, meets_at_entry: bool
 ) -> None:
@@ -255,7 +253,6 @@ def test_rank_that_waits_speaks_and_those_at_work_do_not(rank_on: RankOn) -> Non
     assert "working" not in _kinds(ranks[0]) + _kinds(ranks[1])
 
 
-@pytest.mark.usefixtures("patient_questions")
 def test_rank_that_answers_is_never_said_not_to(rank_on: RankOn) -> None:
     """However soon a rank speaks again, it gives those that it asks the time to answer."""
     store = dist.HashStore()

@@ -22,6 +22,9 @@ from .wait import FIRST_LOOK_S, GRACE_S, Decided, Wait
 __tracebackhide__ = True
 """Where pytest leaves frames out: they tell nothing of a test."""
 
+LOOKS = 8
+"""How often a rank looks for an answer within `GRACE_S`. One that stood still meanwhile has not looked, and waits on."""
+
 STOP_S = 0.4
 """How long a rank that is interrupted waits until its peers have been told."""
 
@@ -156,15 +159,17 @@ class Barrier:
         reply = self._taken(next_reply(wait.replies, monotonic() + FIRST_LOOK_S), wait)
         if reply is None:
             self.control.wake()
+        looks, since = 0, 0.0
         while reply is None:
             # The control thread ends the wait; this bound holds when the store keeps it from doing so.
-            limit = max(wait.deadline, self.control.heard_at if self.part.life else 0.0) + GRACE_S
-            if monotonic() > limit:
+            now, due = monotonic(), max(wait.deadline, self.control.heard_at if self.part.life else 0.0)
+            looks, since = looks + 1 if now > due == since else 0, due
+            if looks > LOOKS:
                 self._leave_behind(wait, f"rank {self.rank} gave up, because the store did not answer")
-                now = monotonic()
                 return self._alone(wait.record, now - wait.start, None, silence=now - self.control.heard_at)
             # The control thread may make the deadline earlier meanwhile.
-            reply = self._taken(next_reply(wait.replies, min(limit, monotonic() + SIGNALS_S)), wait)
+            until = now + GRACE_S / LOOKS if now > due else min(due, now + SIGNALS_S)
+            reply = self._taken(next_reply(wait.replies, until), wait)
         wait.reply, wait.over = reply, True
         if isinstance(reply, Verdict):  # otherwise it is `Failed`
             return reply
