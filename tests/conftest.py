@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from collective_scope import _teardown
 from collective_scope.agreement import barrier, control, locate, watch
-from tests.ranks import RankPool, busy_cores
+from tests.ranks import RankPool, busy_cores, standstills
 
 
 # A machine that stands still for a moment makes no example slow.
@@ -39,9 +39,13 @@ def _rank_pools() -> Iterator[Callable[[int], RankPool]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _load(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Keep all cores busy, if asked to; one of the processes that run tests does that for all."""
-    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
-    with busy_cores() if is_first and request.config.getoption("--busy") else contextlib.nullcontext():
+    """Keep all cores busy, or let all stand still, if asked to; one of the processes that run tests does that for all."""
+    worker, config = os.environ.get("PYTEST_XDIST_WORKER"), request.config
+    with contextlib.ExitStack() as stack:
+        if worker in (None, "gw0") and config.getoption("--busy"):
+            stack.enter_context(busy_cores())
+        if worker in (None, "gw0") and (seconds := config.getoption("--standstill")):
+            stack.enter_context(standstills(os.getppid() if worker else os.getpid(), seconds))
         yield
 
 
@@ -66,6 +70,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run tests marked 'long'")
     parser.addoption("--repeat", type=int, default=1, metavar="N", help="run each test N times")
     parser.addoption("--busy", action="store_true", help="keep all cores busy meanwhile")
+    parser.addoption(
+        "--standstill", type=float, default=0.0, metavar="S", help="let all stand still, up to S s at a time"
+    )
     parser.addoption("--lanes", type=int, default=8, metavar="N", help="play N faults at a time")
 
 

@@ -74,6 +74,7 @@ __all__ = [
     "run_script",
     "run_threads",
     "run_torchrun",
+    "standstills",
     "thaw",
     "values",
 ]
@@ -976,6 +977,14 @@ def busy_cores(count: int | None = None) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def standstills(root: int, seconds: float) -> Iterator[None]:
+    """Let process *root* and all below it stand still now and then, for up to *seconds*, during the block."""
+    command = [sys.executable, "-I", Path(__file__).with_name("_standstill.py"), str(root), str(seconds)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield  # then the input is closed, which ends it when nothing is stopped
 
 
 # Looking at processes, and ending them
