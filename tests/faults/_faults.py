@@ -723,9 +723,9 @@ FAULTS = (
     Fault(
         "body raises, peers are in a collective",
         _raise_beside_collective,
-        Expect("RuntimeError", says=("PeerFailedError: rank 1 of", "KeyError: 'rank 1 gives up'"), within=8.0),
+        Expect("RuntimeError", says=("PeerFailedError: rank 1 of", "KeyError: 'rank 1 gives up'"), within=10.0),
         culprit=Expect("KeyError", says=("BarrierTimeoutError",), within=8.0),
-        group_timeout=2.0,
+        group_timeout=4.0,
         failure_timeout=1.0,
     ),
     Fault(
