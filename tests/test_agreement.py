@@ -282,7 +282,7 @@ def test_scope_whose_store_is_gone_raises_peer_lost_for_its_host() -> None:
         pass
 
     assert (0,) == caught.value.lost
-    assert str(caught.value).startswith("rank 0 of 3 lost at the exit of scope 's' after 0.")
+    assert str(caught.value).startswith("rank 0 of 3 lost at the exit of scope 's' after ")
 
 
 # Failures

@@ -1292,7 +1292,7 @@ FAULTS = (
     Fault(
         "sleeps in the body, on two hosts",
         _sleep_in_body,
-        survivor=_missing("rank 2 of", "in the body of scope 'fault' for 2", "in _sleep_forever", ranks=(2,)),
+        survivor=_missing("rank 2 of", "in the body of scope 'fault' for ", "in _sleep_forever", ranks=(2,)),
         culprits=(2,),
         culprit=_missing("rank 2 of", ranks=(2,), within=20.0),
         next_survivor=_missing("rank 2 of", "in _sleep_forever", ranks=(2,)),
