@@ -398,7 +398,7 @@ import torch.distributed as dist
 
 @pytest.fixture(scope="session", autouse=True)
 def group():
-    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=4))
 
 
 def test_fails_before():

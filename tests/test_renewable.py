@@ -694,7 +694,7 @@ def _time_limit_of_its_own(rank: int, world_size: int, how: str) -> list[tuple[s
     store = _store(f"time limit, {how}")
 
     def make(own: dist.Store) -> None:
-        limit = timedelta(seconds=1)
+        limit = timedelta(seconds=3)
         dist.init_process_group("gloo", store=own, rank=rank, world_size=world_size, timeout=limit)
 
     world = RenewableGroup(make, store=store, rank=rank, world_size=world_size)

@@ -480,7 +480,7 @@ def test_subtests_that_have_waited_longer_than_their_budget_are_not_run() -> Non
 
 
 def _go_on_with_a_dead_group(rank: int, _world_size: int) -> tuple[dict[str, str], str, list[tuple[str, bool]]]:
-    group = dist.new_group(timeout=timedelta(seconds=1))
+    group = dist.new_group(timeout=timedelta(seconds=4))
     logged: list[tuple[str, bool]] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append((record.getMessage(), bool(record.exc_info)))  # type: ignore[method-assign]  # replaced on purpose
