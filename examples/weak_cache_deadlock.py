@@ -307,10 +307,10 @@ def where(store: dist.Store, rank: int, process: Any, stack_file: Path) -> str:
         return store.get(f"outcome/{rank}").decode()
     if not process.is_alive():
         return f"died, exit code {process.exitcode}"
-    os.kill(process.pid, signal.SIGUSR1)
     deadline = time.monotonic() + STACK_S
     while run_rank.__name__ not in (text := stack_file.read_text(encoding="utf-8")):
-        process.join(0.02)
+        os.kill(process.pid, signal.SIGUSR1)  # again: another of its threads may have had the first
+        process.join(0.2)
         if time.monotonic() > deadline:
             return "hung, and does not say where"
     outermost_first = reversed(re.findall(r" in (\S+)$", text, re.MULTILINE))

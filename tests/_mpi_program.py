@@ -57,7 +57,7 @@ def differing() -> Any:
 
 def late() -> Any:
     def run() -> None:
-        with collective_scope(COMM, name="late", timeout=1):
+        with collective_scope(COMM, name="late", timeout=2):
             if RANK == SIZE - 1:
                 released.wait(30)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from collective_scope.agreement import watch
+from collective_scope.agreement import control, locate, watch
 from collective_scope.agreement.clock import warning_times
 from collective_scope.agreement.locate import ANSWER_S
 from collective_scope.agreement.process import Process
@@ -172,6 +172,52 @@ def test_rank_that_gives_up_says_where_all_are_that_have_answered(
             assert is_over.wait(PATIENCE_S)
 
     is_over = threading.Event()
+    verdict, _ = at_once(give_up, be_late)
+
+    assert "in the body of scope 'scope'" == verdict.where[1].phase
+
+
+def test_rank_that_gives_up_after_a_standstill_hears_the_answers_to_what_it_asked_before(
+    rank_on: RankOn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a machine has stood still, ranks that were asked where they are have a moment more to answer."""
+    for module in (locate, watch):
+        monkeypatch.setattr(module, "ANSWER_S", 0.8)
+    monkeypatch.setattr(control, "GRACE_S", 0.3)
+    monkeypatch.setattr(control, "THAW_S", PATIENCE_S)
+    store, looks = dist.HashStore(), itertools.count()
+    asked, goes_on, goes_on_too = threading.Event(), threading.Event(), threading.Event()
+
+    def stand_still(method: str, key: str) -> None:
+        if is_control() and asked.is_set():
+            assert goes_on.wait(PATIENCE_S)
+            if (method, key) == ("add", "collective_scope/news") and next(looks) == 3:  # it would have decided by now
+                goes_on_too.set()
+        elif method == "set" and "/news/" in key:
+            asked.set()
+
+    def stand_still_longer(*_: object) -> None:
+        if is_control() and asked.is_set():
+            assert goes_on_too.wait(PATIENCE_S)
+
+    rank, late = rank_on(HookedStore(store, stand_still), 0, 2), rank_on(HookedStore(store, stand_still_longer), 1, 2)
+
+    def give_up() -> Verdict:
+        try:
+            return rank.arrive(timeout=1.0)
+        finally:
+            is_over.set()
+
+    def be_late() -> None:
+        with late.scope():
+            assert asked.wait(PATIENCE_S)
+            is_over.wait(1.2)  # the standstill itself, beyond the deadline
+            goes_on.set()
+            assert is_over.wait(PATIENCE_S)
+
+    is_over = threading.Event()
+    late.barrier.join()
+    assert wait_until(lambda: record_of(store, 1) is not None)
     verdict, _ = at_once(give_up, be_late)
 
     assert "in the body of scope 'scope'" == verdict.where[1].phase

@@ -18,7 +18,8 @@ _surveys            the threads that end a process: scopes   the control thread 
                     of which all must be located
 left                the ranks' threads                       the control thread
 items               the store and control threads            the control thread
-heard_at, calm_at   the control and store threads            the ranks' threads
+heard_at, calm_at   the control and store threads            the ranks' threads; calm_at the
+                                                             control thread, too
 broken              the control thread                       the ranks' threads
 ==================  =======================================  ==============================
 """

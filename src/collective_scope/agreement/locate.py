@@ -49,9 +49,9 @@ class Locator:
         else:
             self._number, self.asked_at = self.part.announce(store, f"asked {self.part.life} {round_}"), now
 
-    def has_time(self, now: float) -> bool:
-        """Whether an answer may still come."""
-        return now < self.asked_at + ANSWER_S
+    def has_time(self, now: float, calm_at: float = 0.0) -> bool:
+        """Whether an answer may still come: until *calm_at* at least, if this process has stood still meanwhile."""
+        return now < max(self.asked_at + ANSWER_S, calm_at)
 
     def have_answered(self, store: Store, ranks: list[int]) -> bool:
         """Read the records of *ranks*; return whether all that can answer have."""

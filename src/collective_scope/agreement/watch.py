@@ -37,6 +37,7 @@ class Desk(Protocol):
 
     spans: dict[int, Span]
     left: str
+    calm_at: float
 
     def place(self, span: Span | None) -> Place:
         """Say where the thread is that entered *span*."""
@@ -137,7 +138,7 @@ class Span:
         self._speak_of_lost(lost - self._mourned, now)
         if now >= self._warn_at - ANSWER_S:
             self._locator.ask(store, now, self.round_of_wait)
-        if now >= self._warn_at and not self._locator.has_time(now):
+        if now >= self._warn_at and not self._locator.has_time(now, self.control.calm_at):
             self._warn(store, now, wait)
             self._warn_at = next(self._warnings)
 
@@ -194,10 +195,7 @@ class Span:
 
     def _read(self, store: Store, wait: Wait | None, failed: set[int]) -> None:
         """Refresh the records that matter: of ranks that failed, and in turn of those that are missing, or unknown."""
-        if wait is not None:
-            ranks = self._missing(wait)
-        else:
-            ranks = [rank for rank in self._others() if rank not in self.part.records]
+        ranks = self._missing(wait) if wait is not None else [r for r in self._others() if r not in self.part.records]
         start = self._turn % max(1, len(ranks))
         chosen = (ranks[start:] + ranks[:start])[:READ_AT_ONCE]
         self._turn = start + READ_AT_ONCE
@@ -243,7 +241,7 @@ class Span:
         missing = self._missing(wait)
         if not is_split and not wait.reason and not lost:
             self._locator.ask(store, now, self.round_of_wait)
-            if not self._locator.have_answered(store, missing) and self._locator.has_time(now):
+            if not self._locator.have_answered(store, missing) and self._locator.has_time(now, self.control.calm_at):
                 return
         self._mourned |= lost  # the verdict says it
         for span in list(self.control.spans.values()):
