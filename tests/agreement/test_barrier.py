@@ -216,6 +216,36 @@ def test_barrier_last_rank_that_hangs_before_it_writes_the_verdict_is_not_missin
     assert ([] if outcome is OK else [1]) == list(verdicts[0].failures)
 
 
+def test_barrier_rank_that_stands_still_while_it_decides_does_not_overlook_one_that_has_arrived(
+    rank_on: RankOn,
+) -> None:
+    """A rank that is counted and has not told of itself yet is waited for, however long the first look took."""
+    store, deciding, goes_on = dist.HashStore(), threading.Event(), threading.Event()
+    looks: list[str] = []
+
+    def stand_still(method: str, key: str) -> None:
+        if is_control() and (method, key) == ("add", "0 scope/exit/n"):
+            deciding.set()
+        if is_control() and deciding.is_set() and key == "rank/1":
+            looks.append(key)
+            if len(looks) == 1:
+                goes_on.wait(0.4)  # the standstill itself
+            if len(looks) == 3:
+                goes_on.set()
+                assert wait_until(lambda: (record := record_of(store, 1)) is not None and record.arrived)
+
+    def be_late_with_the_record(method: str, key: str) -> None:
+        if is_control() and (method, key) == ("compare_set", "rank/1"):
+            assert goes_on.wait(PATIENCE_S)
+
+    early = rank_on(HookedStore(store, stand_still), 0, 3)
+    counted = rank_on(HookedStore(store, be_late_with_the_record), 1, 3)
+    verdicts = at_once(lambda: early.arrive(timeout=SHORT_S), counted.arrive)
+
+    assert verdicts[0] == verdicts[1]
+    assert (2,) == verdicts[0].missing
+
+
 def test_barrier_ranks_whose_time_is_up_at_once_decide_alike(rank_on: RankOn) -> None:
     """Of two verdicts that are about to be written, the first one stands for all."""
     store, both = dist.HashStore(), threading.Barrier(2)
