@@ -64,12 +64,12 @@ def test_straggler_is_located_by_its_peer_and_freed() -> None:
     text = "\n".join(lines_of("straggler.py"))
     # Each begins with the name of its rank, in whatever order.
     messages = re.split(r"^(?=\[rank \d\] )", text, flags=re.MULTILINE)
-    late = "rank 1 of 2 missing at the exit of scope 'combine' after "
+    late = r"rank 1 of 2 missing at the exit of scope 'combine' after [4-8]\.\d s"  # the timeout, and 5 s
 
     [warning, *_] = [each for each in messages if each.startswith("[rank 0] rank 0 has waited ")]
-    [error] = [each for each in messages if each.startswith(f"[rank 0] BarrierTimeoutError: {late}")]
+    [error] = [each for each in messages if re.match(rf"\[rank 0\] BarrierTimeoutError: {late}", each)]
     [freed] = [each for each in messages if each.startswith("[rank 1] was freed: ")]
-    assert "BarrierTimeoutError: " + late in freed
+    assert re.search(f"BarrierTimeoutError: {late}", freed)
     for told in (warning, error, freed):
         assert "in the body of scope 'combine' for " in told
         assert "dist.all_reduce(value)" in told

@@ -32,6 +32,7 @@ from tests.ranks import (
     thaw,
     values,
 )
+from tests.stores import wait_until
 
 
 class _TwoArgumentError(Exception):
@@ -528,6 +529,27 @@ def test_run_torchrun_ranks_meet(tmp_path: Path, rdzv_endpoint: str | None) -> N
     result = run_torchrun(script, rdzv_endpoint=rdzv_endpoint)
 
     assert 2 == result.stdout.count("sum 2")
+
+
+def test_standstills_stop_what_runs_and_leave_alone_what_is_stopped_already() -> None:
+    """Processes are stopped again and again, and go on; after the block none is stopped that was not before."""
+    script = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as root:
+        assert root.stdout is not None
+        child = int(root.stdout.readline())
+        with subprocess.Popen(["sleep", "600"]) as beside, ranks.standstills(root.pid, 0.5):  # noqa: S607  (the system's own)
+            for _ in range(2):
+                assert wait_until(lambda: ["T", "T"] == [process_state(pid) for pid in (root.pid, child)])
+                assert "T" != process_state(beside.pid)
+                assert wait_until(lambda: "T" not in map(process_state, (root.pid, child)))
+            freeze(child)
+            assert wait_until(lambda: "T" == process_state(root.pid))
+            assert wait_until(lambda: "T" != process_state(root.pid))
+            beside.kill()
+
+        assert ["T", True] == [process_state(child), process_state(root.pid) != "T"]
+        os.kill(child, signal.SIGKILL)
+        root.kill()
 
 
 def test_busy_cores_end_with_the_block() -> None:

@@ -533,6 +533,28 @@ def test_late_ranks_are_told_in_full_once_and_then_in_few_words() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (attrs.evolve(_place(), state="gone"), "host pid 7, gone"),
+        (attrs.evolve(_place(), state="stopped"), "host pid 7, in the body of scope 'ep4' for 10.0 s (stopped)"),
+        (Place(_HERE, "", silence=3.0), "host pid 7, no answer for 3.0 s"),
+    ],
+    ids=["gone", "stopped", "elsewhere"],
+)
+@pytest.mark.parametrize("before", [{}, {1: _place()}], ids=["unknown", "sleeping"])
+def test_late_rank_that_ends_or_stops_or_becomes_known_is_told_in_full_again(
+    before: dict[int, Place], place: Place, text: str
+) -> None:
+    """A rank is still where it was only if what was told of it holds."""
+    said: dict[int, str] = {}
+    facts = _verdict(2, outcomes={0: OK}, missing=(1,))
+    _, second = (_report.late(attrs.evolve(facts, where=where), 0, 300, said) for where in (before, {1: place}))
+
+    assert text in second
+    assert "still where it was" not in second
+
+
 def test_late_while_all_work_says_that_no_rank_has_come_and_where_all_are() -> None:
     """When every rank is stuck in its body, the one that speaks lists itself among the others."""
     facts = _verdict(2, arrived=(), missing=(0, 1), timeout=10.0, where=dict.fromkeys((0, 1), _place(frames="")))

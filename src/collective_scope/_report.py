@@ -282,7 +282,8 @@ def _place(place: Place) -> str:
 
 def _key(place: Place) -> str:
     """Return what is the same as long as a rank does not move."""
-    return f"{place.phase} {place.frames}" if place.phase else place.state
+    state = "" if place.state in ("running", "sleeping") else place.state  # one that polls does both in turn
+    return f"{state} {place.phase} {place.frames}"
 
 
 def _grouped(texts: Mapping[int, str], title: str = "ranks:  ") -> list[str]:

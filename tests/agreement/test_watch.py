@@ -177,21 +177,24 @@ def test_rank_that_gives_up_says_where_all_are_that_have_answered(
     assert "in the body of scope 'scope'" == verdict.where[1].phase
 
 
-def test_rank_that_gives_up_after_a_standstill_hears_the_answers_to_what_it_asked_before(
-    rank_on: RankOn, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("warn_after", "timeout"), [pytest.param(None, 1.0, id="gives-up"), pytest.param(1.0, 5.0, id="warns")]
+)
+def test_rank_that_speaks_after_a_standstill_hears_the_answers_to_what_it_asked_before(
+    rank_on: RankOn, monkeypatch: pytest.MonkeyPatch, warn_after: float | None, timeout: float
 ) -> None:
     """When a machine has stood still, ranks that were asked where they are have a moment more to answer."""
     for module in (locate, watch):
         monkeypatch.setattr(module, "ANSWER_S", 0.8)
     monkeypatch.setattr(control, "GRACE_S", 0.3)
-    monkeypatch.setattr(control, "THAW_S", PATIENCE_S)
+    monkeypatch.setattr(control, "THAW_S", 1.5)
     store, looks = dist.HashStore(), itertools.count()
     asked, goes_on, goes_on_too = threading.Event(), threading.Event(), threading.Event()
 
     def stand_still(method: str, key: str) -> None:
         if is_control() and asked.is_set():
             assert goes_on.wait(PATIENCE_S)
-            if (method, key) == ("add", "collective_scope/news") and next(looks) == 3:  # it would have decided by now
+            if (method, key) == ("add", "collective_scope/news") and next(looks) == 3:  # it would have spoken by now
                 goes_on_too.set()
         elif method == "set" and "/news/" in key:
             asked.set()
@@ -204,14 +207,14 @@ def test_rank_that_gives_up_after_a_standstill_hears_the_answers_to_what_it_aske
 
     def give_up() -> Verdict:
         try:
-            return rank.arrive(timeout=1.0)
+            return rank.arrive(timeout=timeout, warn_after=warn_after)
         finally:
             is_over.set()
 
     def be_late() -> None:
         with late.scope():
             assert asked.wait(PATIENCE_S)
-            is_over.wait(1.2)  # the standstill itself, beyond the deadline
+            is_over.wait(1.2)  # the standstill itself, beyond the time at which the rank speaks
             goes_on.set()
             assert is_over.wait(PATIENCE_S)
 
@@ -220,7 +223,9 @@ def test_rank_that_gives_up_after_a_standstill_hears_the_answers_to_what_it_aske
     assert wait_until(lambda: record_of(store, 1) is not None)
     verdict, _ = at_once(give_up, be_late)
 
-    assert "in the body of scope 'scope'" == verdict.where[1].phase
+    first = rank.said[0][1] if rank.said else verdict
+    assert bool(rank.said) == (warn_after is not None)
+    assert "in the body of scope 'scope'" == first.where[1].phase
 
 
 @pytest.mark.parametrize("meets_at_entry", [False, True])

@@ -17,6 +17,7 @@ import ctypes
 import gc
 import os
 import pickle
+import re
 import select
 import signal
 import socket
@@ -88,7 +89,7 @@ class Expect:
 
         ranks: The ranks that the error names, as missing, lost or failed; ``None`` if it names none.
 
-        says: Parts of its text.
+        says: Parts of its text, or patterns that are found in it.
 
         within: Seconds from the fault, or from the rank's arrival if that is later.
 
@@ -97,7 +98,7 @@ class Expect:
 
     error: str = ""
     ranks: tuple[int, ...] | None = None
-    says: tuple[str, ...] = ()
+    says: tuple[str | re.Pattern[str], ...] = ()
     within: float = PROMPT_S
     otherwise: Expect | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -110,7 +111,8 @@ def _defects(expect: Expect, ending: Ending, performances: list[Performance]) ->
         ranks = named.get(ending.error, tuple(sorted(verdict.failures)))
         if ranks != expect.ranks:
             defects.append(f"named {ranks} instead of {expect.ranks}")
-    missed = [words for words in expect.says if words not in ending.text]
+    patterns = [words if isinstance(words, re.Pattern) else re.compile(re.escape(words)) for words in expect.says]
+    missed = [pattern.pattern for pattern in patterns if not pattern.search(ending.text)]
     if missed:
         defects.append(f"does not say {missed}:\n{ending.text}")
     took = delay(performances, ending)
